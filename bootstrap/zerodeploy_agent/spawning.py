@@ -1,0 +1,117 @@
+"""Processes for the client: started here, their streams carried by channels."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from . import calls, messages
+from .frames import ChannelError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, List
+
+    from .streams import Channel
+
+
+def start(worker: Any, message: Any, streams: List[Channel]) -> None:
+    """Start the process and carry its streams until it has ended and they have."""
+    import subprocess
+
+    stdin, stdout, stderr = streams
+    environment = None
+    if message.env is not None:
+        environment = dict(message.env) if message.clear_env else {**os.environ, **message.env}
+    try:
+        process = subprocess.Popen(
+            message.argv, stdin=subprocess.PIPE if message.stdin else subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, bufsize=0, cwd=message.cwd, env=environment, start_new_session=True,
+        )  # fmt: skip
+    except Exception as error:
+        for channel in streams:
+            worker.channels.forget(channel.number)
+        worker.tell(calls.failure(worker, message.id, error))
+        return
+    running = Running(process)
+    worker.processes[message.id] = running
+    worker.tell(messages.Spawned(re=message.id, pid=process.pid))
+    pumps = [threading.Thread(target=_from_pipe, args=(pipe, channel), daemon=True)
+             for pipe, channel in ((process.stdout, stdout), (process.stderr, stderr))]  # fmt: skip
+    for pump in pumps:
+        pump.start()
+    if message.stdin:
+        threading.Thread(target=_to_pipe, args=(stdin, process.stdin), daemon=True).start()
+    status = process.wait()
+    running.ended = True
+    for pump in pumps:
+        pump.join()
+    worker.processes.pop(message.id, None)
+    try:
+        worker.tell(messages.Exited(re=message.id, status=status))
+    finally:
+        stdin.close()
+        for channel in (stdout, stderr):
+            worker.channels.forget(channel.number)
+
+
+class Running:
+    """A process that can be signalled: the whole group, and never after it was reaped."""
+
+    def __init__(self, process: Any) -> None:
+        self.process = process
+        self.ended = False
+
+    def signal(self, number: int) -> None:
+        if not self.ended and self.process.poll() is None:
+            try:
+                os.killpg(self.process.pid, number)
+            except OSError:
+                pass
+
+    def kill(self) -> None:
+        """SIGKILL to the group, even when its leader has ended: its members still hold the pipes."""
+        try:
+            os.killpg(self.process.pid, 9)
+        except OSError:
+            pass
+
+
+def signal(worker: Any, message: Any) -> None:
+    running = worker.processes.get(message.re)
+    if running is not None:
+        if message.signal == 9:
+            running.kill()
+        else:
+            running.signal(message.signal)
+
+
+def _from_pipe(pipe: Any, channel: Channel) -> None:
+    try:
+        while True:
+            data = os.read(pipe.fileno(), 1 << 16)
+            if not data:
+                break
+            channel.write(data)
+        channel.end()
+    except ChannelError:
+        pass  # the client does not want it any more
+    finally:
+        pipe.close()
+
+
+def _to_pipe(channel: Channel, pipe: Any) -> None:
+    try:
+        while True:
+            data = channel.read(1 << 16)
+            if not data:
+                break
+            view = memoryview(data)
+            while view:
+                view = view[os.write(pipe.fileno(), view) :]
+    except ChannelError:
+        pass
+    except OSError:
+        channel.close("the process does not read its standard input")
+    finally:
+        pipe.close()
