@@ -1,0 +1,30 @@
+"""All commands under their one name."""
+
+from __future__ import annotations
+
+import click
+
+import zerodeploy
+from zerodeploy.cli import agent, call, demo, doctor, files, run, shell
+from zerodeploy.cli.common import options_of
+
+__all__ = ["cli"]
+
+_EPILOG = """\b
+Exit status: the remote one for run and script; 0 success; 1 a remote exception; 2 usage;
+126/127 not executable / not found, as shells do; 130 Ctrl-C; 255 login or link failed, as ssh.
+
+HOST is [user@]host[:port], an ssh_config alias, ssh://…, or "local" for this machine.
+"""
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "obj": None})
+@click.version_option(zerodeploy.__version__, prog_name="zerodeploy")
+@options_of
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Any host that you can ssh to, with nothing installed there before and nothing left there after."""
+
+
+for command in (agent.agent, call.call, demo.demo, doctor.doctor, files.get, files.put, run.run, run.script, shell.shell):
+    cli.add_command(command)

@@ -1,0 +1,123 @@
+"""The command that is run on the host, and the errors when nothing good comes of it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from zerodeploy_agent import messages
+
+from zerodeploy.errors import (
+    AgentDidNotStart,
+    BootstrapError,
+    NoSpace,
+    PythonNotFound,
+    PythonTooOld,
+    TempDirUnusable,
+    ZeroDeployError,
+)
+from zerodeploy.link.base import Link
+from zerodeploy.link.failures import tail
+from zerodeploy.payload.agent import first_stage
+
+__all__ = ["NO_PYTHON", "script", "stage_error", "start_error"]
+
+NO_PYTHON = "no-python"
+_BOOT = (
+    "import sys;sys.path=[p for p in sys.path if p];import zlib,binascii;exec(zlib.decompress(binascii.a2b_base64(sys.argv[1])))"
+)
+# newest first after the host's own choice
+_CANDIDATES = ("python3", "python3.13", "python3.12", "python3.11", "python3.10", "python3.9", "python3.8", "python",
+               "/usr/bin/python3", "/usr/local/bin/python3", "/usr/libexec/platform-python")  # fmt: skip
+
+
+def script(marker: str, *, python: Sequence[str] | None, tmpdir: str | None, transport: str, payload_limit_s: float) -> str:
+    """The one-line shell script that finds a Python and starts stage 0 with it.
+
+    It holds no single quote, newline, backslash or ``!``, so that any login shell can pass it on to ``/bin/sh``. The
+    mark in the environment is how processes of the session are found again; it is no secret.
+    """
+    # $ARGS below: marker, seconds, temp dir, transport
+    wanted = tmpdir.encode("utf-8").hex() if tmpdir else "-"
+    args = f"{marker} {payload_limit_s:.1f} {wanted} {transport}"
+    head = f'ZERODEPLOY_SESSION={marker};export ZERODEPLOY_SESSION;S={first_stage()};B="{_BOOT}";'
+    if python is not None:
+        words = " ".join(_double_quote(word) for word in python)
+        return f'{head}exec {words} -c "$B" "$S" {args} {_double_quote(python[-1])}'
+    names = " ".join(_CANDIDATES)
+    return (
+        f'{head}set --;for p in {names};do command -v $p >/dev/null 2>&1&&set -- "$@" $p;done;'
+        f'[ $# -gt 0 ]&&exec "$1" -c "$B" "$S" {args} "$@";'
+        f'echo;echo {marker} {NO_PYTHON} "$PATH";exit 71'
+    )
+
+
+def _double_quote(word: str) -> str:
+    """*word* for sh, without the quotes and escapes that the outer login shell might treat differently."""
+    if word and all(c.isalnum() or c in "@%+=:,./-_" for c in word):
+        return word
+    # printf %b with octal escapes would need a backslash; hex by way of printf is no better: refuse what is odd
+    if any(c in "'!\\\n\"$`" for c in word):
+        raise BootstrapError(
+            f"the interpreter {shlex.quote(word)} has a character in its name that can't be passed through every login shell",
+            stage="interpreter",
+        )
+    return f'"{word}"'
+
+
+def stage_error(failed: messages.Message, *, host: str, stderr: str, python: Sequence[str] | None) -> BootstrapError:
+    """The error for a stage 0 that gave up and said why."""
+    fields = vars(failed)
+    seen: list[list[str]] = fields["seen"]
+    found = "; ".join(f"{name}: {what}" for name, what in seen)
+    details = {"host": host, "stage": fields["stage"], "stderr": tail(stderr, 30), "seen": seen}
+    if fields["code"] == "too_old":
+        looked = f"found {fields['text']}" + (f", {found}" if found else "")
+        return PythonTooOld(
+            f"the far side needs Python 3.8 or newer; {looked}. Pass python_executable=… for another one", **details
+        )
+    if fields["code"] == "no_space":
+        return NoSpace(f"no temp dir has room for the private dir. Tried {found}. Free some, or pass tmpdir=…", **details)
+    if fields["code"] == "unusable":
+        return TempDirUnusable(f"no temp dir can hold the private dir. Tried {found}. Pass tmpdir=…", **details)
+    return AgentDidNotStart(f"the {fields['stage']} stage failed: {fields['text']}", **details)
+
+
+def no_python_error(path: str, *, host: str, stderr: str) -> PythonNotFound:
+    names = ", ".join(_CANDIDATES)
+    return PythonNotFound(
+        f"there is no Python on the host: none of {names} in its PATH ({path.strip()}). Install python3 there, or pass "
+        "python_executable=… with the path of one",
+        host=host, stage="interpreter", stderr=tail(stderr, 30), seen=[["PATH", path.strip()]],
+    )  # fmt: skip
+
+
+def start_error(link: Link, *, status: int | None, stderr: str, noise: str, waited_s: float, timed_out: bool,
+                logged_in: bool | None, python: Sequence[str] | None) -> ZeroDeployError:  # fmt: skip
+    """The error for a start that ended, or went silent, before stage 0 said anything."""
+    details = {"host": link.label, "stderr": tail(stderr, 30), "output": tail(noise, 30)}
+    said = "".join(f". {name}: {tail(text, 4)}" for name, text in (("stderr", stderr), ("output", noise)) if text.strip())
+    if timed_out:
+        if logged_in:
+            return AgentDidNotStart(
+                f"logged in, but no Python answered within {waited_s:.1f} s: a slow login script, or one that waits for "
+                f"input? Raise connect_timeout, or look with ssh -v{said}",
+                stage="interpreter", **details,
+            )  # fmt: skip
+        explained = link.explain(None, stderr, waited_s) if stderr.strip() else None
+        return explained or link.unreachable(f"the host accepted the connection but said nothing for {waited_s:.1f} s{said}")
+    if status == 127 or (status == 126 and python is not None):
+        named = " ".join(python) if python is not None else "python3"
+        return PythonNotFound(
+            f"{named!r} can't be run on the host (exit status {status}); pass python_executable=… with one that can{said}",
+            stage="interpreter", seen=[[named, tail(stderr, 1)]], **details,
+        )  # fmt: skip
+    if status == 255 or not (logged_in or noise):
+        explained = link.explain(status, stderr, waited_s)
+        if explained is not None:
+            return explained
+    if status == 255 and not logged_in:
+        return link.unreachable(f"the login ended with exit status 255{said}")
+    return AgentDidNotStart(
+        f"the far side ended with exit status {status} before the agent spoke{said}", stage="interpreter", **details
+    )

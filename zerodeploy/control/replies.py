@@ -1,0 +1,56 @@
+"""Requests that wait for their one answer."""
+
+from __future__ import annotations
+
+import threading
+
+from zerodeploy_agent.messages import Message
+
+__all__ = ["Reply"]
+
+
+_first = threading.Lock()  # one for all: it is held for two assignments
+
+
+class Reply:
+    """The place for one answer. A bare lock and not an Event: one system call less on the way of every call."""
+
+    __slots__ = ("_done", "error", "message")
+
+    def __init__(self) -> None:
+        self._done = threading.Lock()
+        self._done.acquire()
+        self.message: Message | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def answered(self) -> bool:
+        return self.message is not None or self.error is not None
+
+    def resolve(self, message: Message) -> None:
+        with _first:
+            if self.answered:
+                return
+            self.message = message
+        self._done.release()
+
+    def fail(self, error: BaseException) -> None:
+        with _first:
+            if self.answered:
+                return
+            self.error = error
+        self._done.release()
+
+    def wait_answered(self, timeout_s: float | None = None) -> None:
+        """Until there is an answer. Raises `TimeoutError` after *timeout_s*."""
+        if not self._done.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
+            raise TimeoutError
+        self._done.release()  # for whoever waits as well
+
+    def wait(self, timeout_s: float | None = None) -> Message:
+        """The answer. Raises the error it failed with, `TimeoutError` after *timeout_s*."""
+        self.wait_answered(timeout_s)
+        if self.error is not None:
+            raise self.error
+        assert self.message is not None
+        return self.message

@@ -1,0 +1,198 @@
+"""Links over the ssh command: host strings and plumbum's SshMachine."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from zerodeploy.errors import ForwardingRefused, UsageError, ZeroDeployError
+from zerodeploy.link.base import Link, Running, login_shell_line
+from zerodeploy.link.failures import classify
+from zerodeploy.link.sshmux import MuxClient
+
+__all__ = ["OpenSSHLink", "SshTarget", "parse_target"]
+
+_PORT_TRIES = 8
+
+
+@dataclass(frozen=True)
+class SshTarget:
+    """``[user@]host[:port]``, taken apart. ``host`` may be an alias of the user's ssh_config."""
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+
+    @property
+    def destination(self) -> str:
+        return f"{self.user}@{self.host}" if self.user else self.host
+
+
+def parse_target(text: str) -> SshTarget:
+    """Read ``[user@]host[:port]``, ``[v6]:port`` or ``ssh://[user@]host[:port]``.
+
+    Raises `UsageError` for what could be taken for an option or is no host: nothing is contacted.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise UsageError("a host is needed: [user@]host[:port], an ssh_config alias or ssh://…")
+    rest = text
+    if text.startswith("ssh://"):
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:
+            raise UsageError(f"{text!r} is no URL: {error}") from None
+        if parts.path not in ("", "/") or parts.query or parts.fragment:
+            raise UsageError(f"{text!r}: an ssh:// URL has no path here")
+        if parts.password is not None:
+            raise UsageError("no passwords in URLs: they end up in logs and process lists; use a key or ssh-agent")
+        rest = unquote(parts.netloc)
+    elif "://" in text:
+        raise UsageError(f"{text!r}: only ssh:// URLs are hosts")
+    # urlsplit drops tabs and line breaks, unquote makes some: both forms are looked at
+    if any(ord(c) < 33 or ord(c) == 127 for c in text + rest):
+        raise UsageError(f"the host {text!r} contains spaces or control characters")
+    user, at, address = rest.rpartition("@")
+    if at and not user:
+        raise UsageError(f"{text!r}: the user before @ is empty")
+    if ":" in user:
+        raise UsageError("no passwords in host names: they end up in logs and process lists; use a key or ssh-agent")
+    host, port = address, ""
+    bracketed = re.fullmatch(r"\[([^\]]+)\](?::(.*))?", address)
+    if bracketed:
+        host, port = bracketed[1], bracketed[2] if bracketed[2] is not None else ""
+        if address.endswith(":"):
+            raise UsageError(f"{text!r}: the port is empty")
+    elif address.count(":") == 1:
+        host, port = address.split(":")
+        if not port:
+            raise UsageError(f"{text!r}: the port is empty")
+    if not host or host.startswith("-") or user.startswith("-"):
+        raise UsageError(f"{text!r}: a host or user that is empty or begins with '-' would be read as an option of ssh")
+    if any(c in "'\"`$;&|<>(){}[]\\" for c in host + user):
+        raise UsageError(f"{text!r} contains characters that no host or user name has")
+    if port and not (port.isascii() and port.isdigit() and len(port) < 9 and 0 < int(port) < 65536):
+        raise UsageError(f"{text!r}: the port must be a number from 1 to 65535")
+    return SshTarget(host, user or None, int(port) if port else None)
+
+
+class OpenSSHLink(Link):
+    """One ``ssh`` process. With options of ours behind the user's: of two, ssh takes the first."""
+
+    def __init__(self, label: str, argv: Sequence[str], destination: str, *, options: Sequence[str] = (),
+                 batch: bool = True) -> None:  # fmt: skip
+        self.label = label
+        self.destination = destination
+        self._argv = list(argv)
+        self._options = list(options)
+        self._batch = batch
+        self._pass_fds: tuple[int, ...] = ()
+
+    @classmethod
+    def to(cls, text: str, *, ssh_options: Sequence[str] = ()) -> OpenSSHLink:
+        """The link for a host string."""
+        target = parse_target(text)
+        argv = ["ssh", *ssh_options]
+        if target.port:
+            argv += ["-p", str(target.port)]
+        # forwards that the user's ssh_config sets up for interactive logins would clash when there are two of us
+        return cls(text, argv, target.destination, options=["-o", "ClearAllForwardings=yes"])
+
+    def start(self, script: str, *, connect_timeout_s: float) -> Running:
+        control = _control_path()
+        argv = [*self._argv, "-T", "-x"]
+        if self._batch:
+            argv += ["-o", "BatchMode=yes"]
+        argv += ["-o", f"ConnectTimeout={max(1, int(connect_timeout_s))}", "-o", "ControlMaster=yes",
+                 "-o", f"ControlPath={control}", "-o", "ControlPersist=no", "-o", "LogLevel=ERROR",
+                 "-o", "RemoteCommand=none", "-o", "PermitLocalCommand=no"]  # fmt: skip
+        argv += [*self._options, "--", self.destination, login_shell_line(script)]
+        try:
+            return SshRunning(argv, control, pass_fds=self._pass_fds)
+        except FileNotFoundError:
+            raise self.unreachable(f"there is no {self._argv[0]!r} command on this machine; install an OpenSSH client") from None
+        except OSError as error:
+            raise self.unreachable(f"{self._argv[0]!r} could not be started: {error}") from error
+
+    def explain(self, status: int | None, stderr: str, waited_s: float) -> ZeroDeployError | None:
+        return classify(stderr, host=self.label, target=self.destination, waited_s=waited_s)
+
+
+class SshRunning(Running):
+    """A running ssh that is its own multiplexing master."""
+
+    def __init__(self, argv: Sequence[str], control_path: str, *, pass_fds: Sequence[int] = ()) -> None:
+        self._control_path = control_path
+        self._mux: MuxClient | None = None
+        self._mux_error = "ssh offers no control socket (ControlMaster)"
+        self._local_paths: list[str] = []
+        super().__init__(argv, pass_fds=pass_fds)
+
+    def logged_in(self) -> bool | None:
+        return self._mux is not None or os.path.exists(self._control_path)
+
+    def settle(self) -> None:
+        try:
+            self._mux = MuxClient(self._control_path)
+        except (OSError, ForwardingRefused) as error:
+            self._mux_error = f"ssh's control socket can't be used ({error}); is another ControlPath set for this host?"
+        _unlink(self._control_path)
+
+    def forward_port(self, port: int) -> int:
+        mux = self._need_mux()
+        for attempt in range(_PORT_TRIES):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                local = int(probe.getsockname()[1])
+            try:
+                mux.forward("127.0.0.1", local, "127.0.0.1", port)
+                return local
+            except ForwardingRefused:
+                if attempt == _PORT_TRIES - 1:
+                    raise
+        raise AssertionError
+
+    def forward_path(self, path: str) -> str:
+        local = _control_path()
+        self._need_mux().forward(local, None, path, None)
+        self._local_paths.append(local)
+        return local
+
+    def _need_mux(self) -> MuxClient:
+        if self._mux is None:
+            raise ForwardingRefused(self._mux_error)
+        return self._mux
+
+    def let_go(self) -> None:
+        if self._mux is not None:  # a master waits for its clients
+            self._mux.close()
+
+    def end(self, patience_s: float = 0.5) -> None:
+        self.let_go()
+        super().end(patience_s)
+        for path in (self._control_path, *self._local_paths):
+            _unlink(path)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def _control_path() -> str:
+    """A name nobody can guess for a socket that OpenSSH makes with mode 0600.
+
+    Not in a directory of its own: the socket is removed by ssh itself when the client is killed, a directory would
+    stay. 104 characters is the limit for socket names on BSD; ssh adds 17 while it makes one.
+    """
+    # not tempfile.gettempdir(): it tries the directories out with files, and an interrupt in between leaves one
+    for parent in (os.environ.get("XDG_RUNTIME_DIR", ""), os.environ.get("TMPDIR", ""), "/tmp"):
+        if parent and len(parent) < 55 and "%" not in parent and os.access(parent, os.W_OK | os.X_OK):
+            return os.path.join(parent, f"zd-{secrets.token_hex(12)}")
+    return os.path.join("/tmp", f"zd-{secrets.token_hex(12)}")
