@@ -1,0 +1,325 @@
+"""``make bench``: zerodeploy beside its peers, in one run, interleaved, against a private sshd.
+
+Prints a table of medians and ratios and writes JSON lines. Ratios are what counts: all contenders take their turn in
+each round, on the same machine, at the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from zerodeploy import DeployedServer
+from zerodeploy.link.openssh import OpenSSHLink
+from zerodeploy.testing import DelayProxy, SshServer, free_port
+
+SIZE = 64 << 20
+RANDOM = os.urandom(SIZE)
+Sample = Callable[[], float]
+
+
+def clock(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+class Bench:
+    def __init__(self, server: SshServer, config: Path, out: Path) -> None:
+        self.server, self.config, self.out = server, config, out
+        self.ssh = ["ssh", "-F", str(config), server.alias]
+
+    def link(self) -> OpenSSHLink:
+        return OpenSSHLink.to(self.server.alias, ssh_options=["-F", str(self.config)])
+
+    # the contenders: seconds to the first answer of a remote call
+
+    def true(self) -> float:
+        return clock(lambda: subprocess.run([*self.ssh, "true"], stdin=subprocess.DEVNULL, check=True))
+
+    def python(self) -> float:
+        return clock(lambda: subprocess.run([*self.ssh, "python3 -c pass"], stdin=subprocess.DEVNULL, check=True))
+
+    def call(self) -> float:
+        began = time.perf_counter()
+        with DeployedServer(self.link()) as server:
+            server.call("os:getpid")
+            return time.perf_counter() - began
+
+    def classic(self) -> float:
+        began = time.perf_counter()
+        with DeployedServer(self.link()) as server:
+            server.classic_connect().modules.os.getpid()
+            return time.perf_counter() - began
+
+    def execnet(self) -> float:
+        import execnet
+
+        began = time.perf_counter()
+        gateway = execnet.makegateway(f"ssh=-F {self.config} {self.server.alias}//python=python3")
+        gateway.remote_exec("import os; channel.send(os.getpid())").receive()
+        took = time.perf_counter() - began
+        gateway.exit()
+        return took
+
+    def mitogen(self) -> float:
+        code = (
+            "import os,sys,time\nimport mitogen.core,mitogen.master,mitogen.utils\n"
+            "def main():\n b=mitogen.master.Broker();r=mitogen.master.Router(b)\n try:\n"
+            "  t=time.perf_counter()\n  c=r.ssh(hostname=sys.argv[1],ssh_args=['-F',sys.argv[2]],python_path='python3',"
+            "check_host_keys='ignore')\n  c.call(os.getpid)\n  print(time.perf_counter()-t)\n finally:\n  b.shutdown();b.join()\nmain()\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, self.server.alias, str(self.config)], capture_output=True, text=True, check=True
+        )
+        return float(done.stdout)
+
+    def rpyc(self) -> float:
+        from plumbum import SshMachine
+        from rpyc.utils.zerodeploy import DeployedServer as RpycServer
+
+        began = time.perf_counter()
+        with SshMachine(self.server.alias, ssh_opts=["-F", str(self.config)]) as machine:
+            server = RpycServer(machine, python_executable="python3")
+            server.classic_connect().modules.os.getpid()
+            took = time.perf_counter() - began
+            server.close()
+        return took
+
+    # printing
+
+    def record(self, row: dict[str, object]) -> None:
+        with self.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rounds(self, title: str, contenders: dict[str, Sample], n: int, base: str) -> dict[str, list[float]]:
+        """One warm-up, then *n* interleaved rounds."""
+        samples: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(n + 1):
+            for name, sample in contenders.items():
+                try:
+                    took = sample()
+                except Exception as error:
+                    print(f"   {name}: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
+                    continue
+                if turn:
+                    samples[name].append(took)
+        print(f"\n{title} (n={n}, ratio of medians to {base!r})")
+        median = statistics.median(samples[base])
+        for name, values in samples.items():
+            if values:
+                middle = statistics.median(values)
+                print(f"  {name:12} {middle * 1e3:9.1f} ms   ratio {middle / median:6.3f}")
+                self.record({"measure": title, "name": name, "n": len(values), "median_s": middle, "ratio": middle / median})
+        if samples.get("call") and samples.get("execnet"):
+            paired = statistics.median(a / b for a, b in zip(samples["call"], samples["execnet"], strict=False))
+            print(f"  call paired with execnet: {paired:.3f}")
+            self.record({"measure": title, "name": "call/execnet paired", "ratio": paired})
+        return samples
+
+
+def _echo(data: bytes) -> bytes:
+    return data
+
+
+def _size(data: bytes) -> int:
+    return len(data)
+
+
+def _make(size: int) -> bytes:
+    import os
+
+    return os.urandom(size)
+
+
+@contextlib.contextmanager
+def raw_forward(bench: Bench, handler: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A TCP service reached by ``ssh -L``, the raw measure of the tunnel. *handler* runs for each connection."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=handler, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    port = free_port()
+    forward = f"127.0.0.1:{port}:127.0.0.1:{listener.getsockname()[1]}"
+    process = subprocess.Popen([*bench.ssh[:-1], "-N", "-L", forward, bench.ssh[-1]], stdin=subprocess.DEVNULL)
+    try:
+        for _ in range(500):
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                time.sleep(0.01)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+        listener.close()
+
+
+def echo_once(connection: socket.socket) -> None:
+    with connection:
+        while data := connection.recv(1 << 16):
+            connection.sendall(data)
+
+
+def bulk_service(connection: socket.socket) -> None:
+    """First byte: u to be sent SIZE bytes (answered with one byte), d to send them."""
+    with connection:
+        if connection.recv(1) == b"u":
+            left = SIZE
+            while left:
+                left -= len(connection.recv(min(left, 1 << 20)))
+            connection.sendall(b"k")
+        else:
+            connection.sendall(RANDOM)
+            connection.recv(1)
+
+
+def latency(bench: Bench, n: int) -> None:
+    print(f"\nlatency of one small request through the link (median of {n}, us)")
+    with raw_forward(bench, echo_once) as port, DeployedServer(bench.link()) as tunnel, \
+            DeployedServer(bench.link(), transport="stdio") as stdio:  # fmt: skip
+        raw = socket.create_connection(("127.0.0.1", port))
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def raw_echo() -> None:
+            raw.sendall(b"x" * 64)
+            raw.recv(64)
+
+        contenders: dict[str, Callable[[], object]] = {"raw echo": raw_echo, "call": lambda: tunnel.call("os:getpid")}
+        for name, server in (("rpyc tunnel", tunnel), ("rpyc stdio", stdio)):
+            connection = server.classic_connect()
+            connection.execute("def echo(x): return x")
+            contenders[name] = (lambda remote: lambda: remote("x" * 64))(connection.namespace["echo"])
+        samples: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(n // 20 + 2):
+            for name, one in contenders.items():
+                for _ in range(20):
+                    took = clock(one)
+                    if turn > 1:
+                        samples[name].append(took)
+        base = statistics.median(samples["raw echo"])
+        for name, values in samples.items():
+            middle = statistics.median(values)
+            print(f"  {name:12} {middle * 1e6:9.0f} us   ratio {middle / base:6.3f}")
+            bench.record({"measure": "latency", "name": name, "median_s": middle, "ratio": middle / base})
+
+
+def bulk(bench: Bench, n: int) -> None:
+    print(f"\n64 MiB of random bytes, MiB/s (median of {n}, ratio to raw ssh -L)")
+    data = RANDOM
+    with raw_forward(bench, bulk_service) as port, DeployedServer(bench.link()) as server:
+        connection = server.classic_connect()
+        connection.execute("import os\ndef size(x): return len(x)\ndef make(n): return os.urandom(n)")
+        size, make = connection.namespace["size"], connection.namespace["make"]
+        connection.execute(f"held = os.urandom({SIZE})\ndef give(): return held")
+        give = connection.namespace["give"]
+        server.call(_size, b"warm")
+
+        def raw_up() -> None:
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(b"u" + data)
+                sock.recv(1)
+
+        def raw_down() -> None:
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(b"d")
+                left = SIZE
+                while left:
+                    left -= len(sock.recv(min(left, 1 << 20)))
+                sock.sendall(b"k")
+
+        contenders: dict[str, Callable[[], object]] = {
+            "raw up": raw_up, "call up": lambda: server.call(_size, data), "rpyc up": lambda: size(data),
+            "raw down": raw_down, "call down": lambda: server.call(_make, SIZE), "rpyc down": lambda: give(),
+        }  # fmt: skip
+        _ = make
+        samples: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(n + 1):
+            for name, one in contenders.items():
+                took = clock(one)
+                if turn:
+                    samples[name].append(took)
+        for name, values in samples.items():
+            middle = statistics.median(values)
+            base = statistics.median(samples["raw up" if name.endswith("up") else "raw down"])
+            print(f"  {name:12} {SIZE / middle / (1 << 20):9.1f} MiB/s   ratio {base / middle:6.3f}")
+            bench.record({"measure": "bulk", "name": name, "median_s": middle, "ratio": base / middle})
+
+
+def connections(bench: Bench, rtt_s: float, n: int) -> None:
+    print(f"\nclassic_connect + first conn.modules.os.getpid() beyond ready, RTT {rtt_s * 1e3:.0f} ms")
+    for transport in ("tunnel", "stdio", "unix"):
+        samples = []
+        for _ in range(n):
+            with DeployedServer(bench.link(), transport=transport) as server:
+                server.call("os:getpid")
+                samples.append(clock(lambda: server.classic_connect().modules.os.getpid()))  # noqa: B023
+        trips = statistics.median(samples) / rtt_s
+        print(f"  {transport:12} {trips:6.2f} RTT")
+        bench.record({"measure": "classic beyond ready", "name": transport, "rtt": trips})
+
+
+def bytes_and_logins(server: SshServer, out: Path) -> None:
+    with DelayProxy(server.port) as proxy:
+        bench = Bench(server, server.write_config(server.root / "config-count", proxy.port), out)
+        bench.true()
+        plain = proxy.bytes_up
+        before = server.logins()
+        with DeployedServer(bench.link()) as deployed:
+            deployed.call("os:getpid")
+            sent = proxy.bytes_up - plain
+        print(f"\nlogins: {server.logins() - before}; bytes up beyond 'ssh true': {sent - plain} of {48 << 10}")
+        bench.record({"measure": "bytes", "bytes": sent - plain, "logins": server.logins() - before})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=Path("bench-results/bench.jsonl"))
+    parser.add_argument("--only", choices=["first", "far", "latency", "bulk", "bytes"])
+    options = parser.parse_args()
+    options.out.parent.mkdir(exist_ok=True)
+    with SshServer() as server:
+        near = Bench(server, server.config, options.out)
+        if options.only in (None, "first"):
+            peers = {"ssh true": near.true, "ssh python": near.python, "call": near.call, "execnet": near.execnet,
+                     "classic": near.classic, "mitogen": near.mitogen, "rpyc": near.rpyc}  # fmt: skip
+            near.rounds("time to first call, RTT ~0", peers, options.rounds, "ssh true")
+        if options.only in (None, "bytes"):
+            bytes_and_logins(server, options.out)
+        if options.only in (None, "latency"):
+            latency(near, 400)
+        if options.only in (None, "bulk"):
+            bulk(near, 5)
+        if options.only in (None, "far"):
+            with DelayProxy(server.port, rtt_s=0.1) as proxy:
+                far = Bench(server, server.write_config(server.root / "config-far", proxy.port), options.out)
+                connections(far, 0.1, 5)
+                peers = {"ssh true": far.true, "ssh python": far.python, "call": far.call, "execnet": far.execnet,
+                         "classic": far.classic, "mitogen": far.mitogen}  # fmt: skip
+                far.rounds("time to first call, RTT 100 ms", peers, max(7, options.rounds // 2), "ssh true")
+                far.rounds("rpyc.utils.zerodeploy, RTT 100 ms", {"ssh true": far.true, "rpyc": far.rpyc}, 1, "ssh true")
+    print(f"\nJSON lines: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
