@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,14 +36,14 @@ def can_or_skip(able: bool, reason: str) -> None:
         pytest.skip(reason)
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> float:
-    """Seconds until *condition* holds. Fails with *what* after *timeout_s*."""
+def wait_until(condition: Callable[[], object], timeout_s: float, what: str | Callable[[], str]) -> float:
+    """Seconds until *condition* holds. Fails with *what* after *timeout_s*; a callable is asked then."""
     began = time.monotonic()
     while True:
         if condition():
             return time.monotonic() - began
         if time.monotonic() - began > timeout_s:
-            pytest.fail(f"not within {timeout_s} s: {what}")
+            pytest.fail(f"not within {timeout_s} s: {what() if callable(what) else what}")
         time.sleep(0.01)
 
 
@@ -85,7 +86,7 @@ class Traces:
         return directory + processes_of(self.session)
 
     def assert_gone(self, within_s: float) -> float:
-        return wait_until(lambda: not self.left(), within_s, f"left on the host: {self.left()}")
+        return wait_until(lambda: not self.left(), within_s, lambda: f"left on the host: {self.left()}")
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +141,16 @@ def open_target(kind: str, sshd: SshServer) -> Iterator[object]:
         yield CommandLink(["unshare", "-m"])
     else:
         yield CommandLink(["env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin", f"HOME={sshd.home}"])
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A temp dir for both ends that no other test uses: in /tmp are those of the tests that run beside this one."""
+    path = tempfile.mkdtemp(prefix="zdroom-", dir="/tmp")  # short: names of sockets have little room
+    monkeypatch.setenv("TMPDIR", path)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.fixture

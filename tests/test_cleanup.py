@@ -61,7 +61,7 @@ class Remote:
         return ([self.private_dir] if os.path.lexists(self.private_dir) else []) + processes_of(self.session)
 
     def assert_gone(self, within_s: float) -> None:
-        wait_until(lambda: not self.left(), within_s + SLACK_S, f"left on the host: {self.left()}")
+        wait_until(lambda: not self.left(), within_s + SLACK_S, lambda: f"left on the host: {self.left()}")
 
     def end(self) -> None:
         for pid in (self.process.pid, self.ssh):
@@ -315,25 +315,20 @@ def test_cut_link(sshd):
         server.close()
 
 
-def test_client_killed_in_mid_deploy(sshd):
+def test_client_killed_in_mid_deploy(sshd, room):
     """At many moments of the start: whatever was there is gone a second later."""
     code = CLIENT.replace("on_output=lambda s, d: None)", "on_output=lambda s, d: None, tmpdir=sys.argv[4])")
     with DelayProxy(sshd.port, rtt_s=0.02) as proxy:
         config = sshd.write_config(sshd.root / f"config-{proxy.port}", proxy.port)
         for step in range(10):
-            before = set(os.listdir("/tmp"))
-            process = client_process(code, sshd.alias, str(config), "idle", "/tmp")
+            process = client_process(code, sshd.alias, str(config), "idle", room)
             logins = sshd.logins()
             # counted from the login, the only moment that can be seen from here
             wait_until(lambda: sshd.logins() > logins or process.poll() is not None, 20, "a login")
             time.sleep(step * 0.012)  # the moment is the test's parameter, nothing is waited for
             kill(process.pid)
             process.communicate()
-
-            def new() -> list[str]:
-                return [name for name in set(os.listdir("/tmp")) - before if name.startswith(("zerodeploy-", "zd-"))]
-
-            wait_until(lambda: not [n for n in new() if os.path.exists(f"/tmp/{n}")], 1 + SLACK_S, f"left: {new()}")
+            wait_until(lambda: not os.listdir(room), 1 + SLACK_S, lambda: f"left: {os.listdir(room)}")
 
 
 def test_both_killed_is_swept_by_the_next_deployment(deploy):
@@ -364,27 +359,27 @@ def test_a_live_session_is_not_swept(deploy):
     assert first.call("os:getpid") == traces.worker
 
 
-def test_fifty_deployments_leave_nothing_on_either_side(sshd):
+def test_fifty_deployments_leave_nothing_on_either_side(sshd, room):
     def ours() -> tuple[int, int, int]:
         gc.collect()
         children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
         return len(os.listdir("/proc/self/fd")), threading.active_count(), children.count("ssh -F")
 
-    with DeployedServer(ssh_link(sshd)) as server:
+    with DeployedServer(ssh_link(sshd), tmpdir=room) as server:
         server.classic_connect().modules.os.getpid()
-    before, tmp = ours(), {n for n in os.listdir("/tmp") if n.startswith(("zerodeploy-", "zd-"))}
+    before = ours()
     traces = []
     for index in range(50):
         target = ssh_link(sshd) if index % 5 == 0 else zerodeploy.CommandLink(["env"])
-        server = DeployedServer(target)
+        server = DeployedServer(target, tmpdir=room)
         server.call("os:getpid")
         if index % 10 == 0:
             server.classic_connect().modules.os.getpid()
         traces.append(Traces(server))
         server.close()
-    wait_until(lambda: ours() == before, 5, f"fds, threads, processes: {before} before, {ours()} after")
+    wait_until(lambda: ours() == before, 5, lambda: f"fds, threads, processes: {before} before, {ours()} after")
     assert [one.left() for one in traces if one.left()] == []
-    assert {n for n in os.listdir("/tmp") if n.startswith(("zerodeploy-", "zd-"))} <= tmp
+    assert os.listdir(room) == []
 
 
 def test_dropped_without_close(sshd):

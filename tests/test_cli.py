@@ -65,7 +65,7 @@ class Place:
         return [str(path) for path in self.tmp.iterdir()] + self.processes()
 
     def assert_clean(self) -> None:
-        wait_until(lambda: not self.left(), 20, f"left: {self.left()}")
+        wait_until(lambda: not self.left(), 20, lambda: f"left: {self.left()}")
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,15 @@ def chatter():
     return "done"
 
 
+def assert_same_bytes(got, sent):
+    """Equal, or told by length and place: a diff of megabytes tells nobody anything."""
+    assert len(got) == len(sent)
+    step = 1024
+    places = [at for at in range(0, len(sent), step) if got[at : at + step] != sent[at : at + step]]
+    found = [sent.find(got[at : at + 16]) for at in places[:5]]
+    assert not places, f"{len(places)} KiB differ: {places[:5]}…{places[-1]}; what came is at {found} of what was sent"
+
+
 def test_calls(server):
     assert server.call("os:getpid") == server.info.pid
     assert server.call(scaled, 5, key="k") == (15, "k")
@@ -145,7 +154,7 @@ def test_bulk_over_a_connection(server):
     conn = server.classic_connect()
     data = os.urandom(3 << 20)
     conn.execute("def same(x): return x")
-    assert conn.namespace["same"](data) == data
+    assert_same_bytes(conn.namespace["same"](data), data)
     assert conn.builtins.bytes(conn.builtins.bytearray(data[:100])) == data[:100]
 
 
@@ -200,6 +209,43 @@ def test_logging_arrives_as_records(server, caplog):
     record = next(r for r in caplog.records if r.name == f"zerodeploy.remote.{server.host}")
     assert (record.getMessage(), record.levelno) == ("broken 7", logging.ERROR)
     assert "KeyError" in record.exc_text
+
+
+def reading_threads():
+    """How many threads of the worker read the link at once, at most, while this call runs."""
+    import sys
+    import time
+
+    def readers():
+        found = 0
+        for frame in sys._current_frames().values():
+            while frame is not None:
+                found += frame.f_code.co_name == "_next_work"
+                frame = frame.f_back
+        return found
+
+    until, most = time.monotonic() + 0.1, 0
+    while time.monotonic() < until:
+        most = max(most, readers())
+        time.sleep(0.001)
+    return most
+
+
+def test_one_thread_reads_however_long_calls_overlap(server):
+    """Two at once would swap what they read, and so blocks of a bulk or whole frames."""
+
+    def wait(seconds):
+        import time
+
+        time.sleep(seconds)
+
+    # the first ends while the second, which another thread has read, is still running
+    threads = [threading.Thread(target=server.call, args=(wait, seconds)) for seconds in (0.2, 0.3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert server.call(reading_threads) == 1
 
 
 def test_concurrent_calls(server):

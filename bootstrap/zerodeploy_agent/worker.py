@@ -30,6 +30,15 @@ _TICK_S = 0.002
 _IDLE_TICKS = 50
 
 
+class Turn:
+    """One request that is run by the thread that read it."""
+
+    __slots__ = ("given",)
+
+    def __init__(self) -> None:
+        self.given = False  # the right to read went to another thread meanwhile
+
+
 class Worker:
     """See the module."""
 
@@ -47,7 +56,7 @@ class Worker:
         self._send_lock = threading.Lock()
         self._reader = threading.Lock()
         self._waiting = 0
-        self._turn = self._running = self._given = 0
+        self._running: Turn | None = None  # what the thread with the right to read runs, while nobody reads
         self._turn_lock = threading.Lock()
         self._watch_bell = threading.Lock()
         self._watch_bell.acquire()
@@ -134,8 +143,9 @@ class Worker:
 
     def _run_inline(self, work) -> bool:  # type: ignore[no-untyped-def]
         """Run *work* while nobody reads. False when the watch gave the right to read away meanwhile."""
+        turn = Turn()
         with self._turn_lock:
-            turn = self._turn = self._running = self._turn + 1
+            self._running = turn
             asleep, self._watch_sleeps = self._watch_sleeps, False
         if asleep:
             self._watch_bell.release()
@@ -144,9 +154,9 @@ class Worker:
         except ChannelError:
             pass  # the link is gone, or the client gave the channel up: nobody is left to tell
         with self._turn_lock:
-            if self._given == turn:
+            if turn.given:
                 return False
-            self._running = 0
+            self._running = None
         return True
 
     def _watch(self) -> None:
@@ -154,17 +164,19 @@ class Worker:
 
         So a short call costs no thread switch at all. Sleeps when nothing has run for a while.
         """
-        seen = idle = 0
+        idle = 0
+        seen = None
         while True:
             time.sleep(_TICK_S)
             with self._turn_lock:
                 running = self._running
-                if running and running == seen and self._given != running:
-                    self._given = running
+                if running is not None and running is seen:
+                    running.given = True
+                    self._running = running = None
                     if not self._waiting:
                         threading.Thread(target=self.serve, daemon=True).start()
                     self._reader.release()
-                idle = idle + 1 if not running or self._given == running else 0
+                idle = idle + 1 if running is None else 0
                 asleep = self._watch_sleeps = idle > _IDLE_TICKS
             seen = running
             if asleep:
