@@ -1044,3 +1044,57 @@ def test_every_python_over_there(there):
                     assert server.call("builtins:len", deep) == 1
                 except NotShippable as error:
                     assert "nested too deep" in str(error) or "is not encoded plain data" in str(error)
+
+
+# a shipment is used again as long as nothing it was made of has changed
+
+
+def shipped_again(function) -> bool:
+    """Whether *function* is shipped as it was the last time, without being looked through again."""
+    return functions.prepare(function) is functions.prepare(function)
+
+
+def test_what_did_not_change_is_not_looked_through_again(server):
+    assert shipped_again(uses_sibling) and shipped_again(lambda: None)
+    kept = [functions.prepare(one) for one in [(lambda value: value + 1) for _ in range(3)]]
+    assert kept[0] is kept[1] is kept[2]
+    assert not shipped_again(uses_constants)  # what a table holds may change, and the table be the same
+    assert not shipped_again(make_recursive(1))
+
+
+def test_every_change_is_seen_at_the_next_call(server, monkeypatch):
+    assert server.call(uses_sibling, [2]) == [6] == server.call(uses_sibling, [2])
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 5)
+    assert server.call(uses_sibling, [2]) == [10]
+    monkeypatch.setattr(sys.modules[__name__], "helper", lambda value: value - FACTOR)
+    assert server.call(uses_sibling, [2]) == [-3]
+    monkeypatch.undo()
+    assert server.call(uses_sibling, [2]) == [6]
+    monkeypatch.setattr(helper, "__code__", fail_differently.__code__)
+    assert server.call(uses_sibling, [2]) == ["another body 2"]
+    monkeypatch.undo()
+    assert server.call(uses_sibling, [2]) == [6]
+
+
+def fail_differently(value):
+    return f"another body {value}"
+
+
+def with_plain_default(value=1):
+    return value
+
+
+def test_twins_differ_in_what_they_hold(server, monkeypatch):
+    assert [server.call(lambda bound=bound: bound) for bound in (1, 1000, "x")] == [1, 1000, "x"]
+    assert [server.call(one) for one in [(lambda: bound) for bound in (1, 2)]] == [2, 2]
+    assert server.call(with_plain_default) == 1
+    monkeypatch.setattr(with_plain_default, "__defaults__", (7,))
+    assert server.call(with_plain_default) == 7
+    mutable = [1]
+
+    def closed():
+        return mutable
+
+    assert server.call(closed) == [1]
+    mutable.append(2)
+    assert server.call(closed) == [1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -10,7 +11,8 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from zerodeploy_agent import compactjson, control, frames, messages
+from rpyc.core import brine
+from zerodeploy_agent import compactjson, control, frames, messages, rpcwire
 from zerodeploy_agent.frames import ChannelError, Decoder, FrameError
 from zerodeploy_agent.messages import Message, MessageError, UnknownMessage
 from zerodeploy_agent.mux import GRANT_BYTES, WINDOW_BYTES, ChannelState
@@ -572,3 +574,52 @@ def test_compactjson_specials():
     for bad in (object(), {1: object()}, b"x", {(1,): 2}):
         with pytest.raises(TypeError):
             compactjson.dumps(bad)
+
+
+# RPyC's wire: our coder beside rpyc's own
+
+ATOMS = (
+    st.none() | st.booleans() | st.integers() | st.integers(-0x40, 0x100) | st.floats(allow_nan=False)
+    | st.complex_numbers(allow_nan=False) | st.text(max_size=300) | st.binary(max_size=300) | st.sampled_from([..., NotImplemented])
+)  # fmt: skip
+BRINE = st.recursive(
+    ATOMS | st.frozensets(ATOMS, max_size=3),
+    lambda inner: st.lists(inner, max_size=6).map(tuple) | st.builds(slice, inner, inner, inner),
+    max_leaves=20,
+)
+
+
+@given(BRINE)
+def test_brine_is_written_and_read_as_rpyc_does(value):
+    parts: list[bytes] = []
+    rpcwire.dump(value, parts)
+    wire = b"".join(parts)
+    assert brine.load(wire) == value
+    assert rpcwire.load(brine.dump(value) + b"rest", 0) == (value, len(brine.dump(value)))
+    assert repr(rpcwire.loads(wire)) == repr(brine.load(wire))  # True is not 1, -0.0 not 0.0
+    if not _holds_sets(value):  # a set has no order
+        assert wire == brine.dump(value)
+
+
+def _holds_sets(value: object) -> bool:
+    if isinstance(value, slice):
+        return any(map(_holds_sets, (value.start, value.stop, value.step)))
+    return isinstance(value, frozenset) or (isinstance(value, tuple) and any(map(_holds_sets, value)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 5, 255, 256, 70000])
+def test_brine_sizes(size):
+    for value in (("t",) * size, "s" * size, b"b" * size, 10 ** min(size, 4000)):
+        assert rpcwire.dumps(value) == brine.dump(value)
+        assert rpcwire.loads(brine.dump(value)) == value
+
+
+@given(st.binary(max_size=40))
+def test_brine_of_anything_ends_in_a_value_or_a_named_error(data):
+    with contextlib.suppress(ValueError, IndexError, TypeError, struct.error):
+        rpcwire.loads(data)
+
+
+def test_what_brine_does_not_carry():
+    with pytest.raises(TypeError, match="cannot dump"):
+        rpcwire.dumps(([1],))

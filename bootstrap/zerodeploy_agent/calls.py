@@ -7,12 +7,13 @@ is still changed at the next.
 
 from __future__ import annotations
 
+import _thread
 import gc
 import os
 import sys
 import time
 
-from . import messages
+from . import frames, messages
 from .frames import ChannelError
 
 TYPE_CHECKING = False
@@ -53,7 +54,7 @@ def run(worker, message, channel: Channel | None) -> None:  # type: ignore[no-un
     if not gc.isenabled() and request == 1:
         gc.freeze()
         gc.enable()
-    worker.calls[request] = _thread_id()
+    worker.calls[request] = _thread.get_ident()
     began = time.time()
     try:
         try:
@@ -65,7 +66,9 @@ def run(worker, message, channel: Channel | None) -> None:  # type: ignore[no-un
                 args, kwargs = pickle.loads(args)
             value = _call(message, args, kwargs)
             took = time.time() - began
-            answer, segments = _encode_result(worker, request, value, took)
+            simple = value is None or type(value) is bool or (type(value) is int and -(1 << 63) < value < 1 << 63)
+            if not simple:
+                answer, segments = _encode_result(worker, request, value, took)
         finally:
             worker.calls.pop(request, None)
             _flush()
@@ -73,6 +76,10 @@ def run(worker, message, channel: Channel | None) -> None:  # type: ignore[no-un
         raise
     except BaseException as error:
         answer, segments = failure(worker, request, error), []
+    else:
+        if simple:  # the commonest: without plain
+            worker.send(frames.encode(messages.WORKER_CHANNEL, frames.CONTROL, messages.dump_result(request, value, took)))
+            return
     worker.tell_body(answer, result_channel(request), segments)
 
 
@@ -99,8 +106,6 @@ def _call(message: messages.Message, args: Any, kwargs: Any) -> Any:
 
 
 def _encode_result(worker, request: int, value: object, took: float):  # type: ignore[no-untyped-def]
-    if value is None or type(value) is bool or (type(value) is int and -(1 << 63) < value < 1 << 63):
-        return messages.Result(re=request, body={"tree": value}, seconds=took), []  # the commonest, without plain
     from . import plain
 
     try:
@@ -167,12 +172,6 @@ def failure(worker, request: int, error: BaseException) -> messages.Failure:  # 
 def _clip(text: str, limit: int = 100_000) -> str:
     """The end of a text that would not fit a control message."""
     return text if len(text) <= limit else "[...]\n" + text[-limit:]
-
-
-def _thread_id() -> int:
-    import threading
-
-    return threading.get_ident()
 
 
 def cancel(worker, message) -> None:  # type: ignore[no-untyped-def]

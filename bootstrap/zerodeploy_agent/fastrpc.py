@@ -11,265 +11,52 @@ from __future__ import annotations
 
 import _thread
 import inspect
-import select
-import socket
+import struct
 import threading
 
 from rpyc.core import brine, consts, netref
 from rpyc.core.protocol import Connection
 from rpyc.lib import Timeout, get_methods
 
-from .frames import ChannelError
-from .streams import Channel as MuxChannel
+from .rpcwire import LinkChannel, SocketChannel, dump, load, load_tuple_head, tuple_head
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 MSG_PUSH = 4
-_HEADER = brine.Struct("!LB")  # rpyc's frame: length, compressed flag; a newline ends it
-_HEADER_BYTES = 5
-_SMALL = 1 << 16
-_READ_BYTES = 1 << 16
+__all__ = ["FastConnection", "LinkChannel", "SocketChannel"]
+
 PREFETCHED_MODULES = ("builtins", "importlib.util", "sys", "os")
 
 
-class _Reader:
-    """What brine loads from: bytes are copied once, when they become objects."""
+_REQUEST, _REPLY = b"%c\x11" % consts.MSG_REQUEST, b"%c\x11" % consts.MSG_REPLY  # the type, then a pair
+_BOXED_VALUE, _BOXED_TUPLE = b"\x11%c" % (consts.LABEL_VALUE + 0x50), b"\x11%c" % (consts.LABEL_TUPLE + 0x50)
+_PAIR = 0x11
+_ENCODED_KEPT = 4096
 
-    __slots__ = ("_at", "_view")
-
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._view = data if type(data) is memoryview else memoryview(data)
-        self._at = 1
-
-    def read(self, size: int) -> bytes:
-        at = self._at
-        self._at = at + size
-        return bytes(self._view[at : at + size])
+_get = object.__getattribute__  # a netref's own attributes, past its class, which would ask the other side
 
 
-def _load(data: bytes | memoryview) -> Any:
-    """The content of a message, past its type."""
-    if len(data) < _SMALL:
-        return brine.load(bytes(data[1:]))
-    return brine._load(_Reader(data))
+def _always() -> bool:
+    return True
 
 
-def _dump(obj: Any, parts: list[bytes]) -> None:
-    """brine's dump into *parts*; only large byte strings are put there as they are."""
-    kind = type(obj)
-    if kind is tuple and len(obj) < 256:
-        parts.append(brine.TAG_TUP_L1 + brine.I1.pack(len(obj)))
-        for item in obj:
-            _dump(item, parts)
-    elif kind is bytes and len(obj) >= _SMALL:
-        parts.append(brine.TAG_STR_L4 + brine.I4.pack(len(obj)))
-        parts.append(obj)
-    else:
-        brine._dump(obj, parts)
+class _Answer:
+    """Where the answer to one request will be."""
 
-
-class FramedChannel:
-    """rpyc's Channel over anything that reads and writes bytes; subclasses say how."""
-
-    compress = False
-    #: a netref may be finalised, and would tell the other side, while the very thread holds one of the channel's locks
-    defers_deletes = False
+    __slots__ = ("is_error", "open", "value")
 
     def __init__(self) -> None:
-        self._buffer = b""
-        self._closed = False
+        self.open = True
+        self.value: Any = None
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
+    def __call__(self, is_error: bool, value: object) -> None:
+        self.is_error, self.value = is_error, value
+        self.open = False
 
-    def send(self, data: bytes) -> None:
-        self.send_parts([data])
-
-    def send_parts(self, parts: list[bytes]) -> None:
-        """One message that lies in pieces: a large one is never copied together."""
-        size = sum(map(len, parts))
-        if size < _SMALL:
-            self._write(_HEADER.pack(size, 0) + b"".join(parts) + b"\n")
-        else:
-            self._write(_HEADER.pack(size, 0), *parts, b"\n")
-
-    def recv(self) -> bytes | memoryview:
-        buffer = self._buffer
-        while len(buffer) < _HEADER_BYTES:
-            buffer += self._read(_READ_BYTES)
-        size, compressed = _HEADER.unpack(buffer[:_HEADER_BYTES])
-        if compressed:
-            raise EOFError("a compressed message on an uncompressed channel")
-        end = _HEADER_BYTES + size + 1
-        if len(buffer) < end:
-            return self._recv_large(buffer, size)
-        self._buffer = buffer[end:]
-        return buffer[_HEADER_BYTES : end - 1]
-
-    def _recv_large(self, buffer: bytes, size: int) -> memoryview:
-        """The rest of a message, read to where it stays."""
-        message = memoryview(bytearray(size + 1))
-        have = len(buffer) - _HEADER_BYTES
-        message[:have] = buffer[_HEADER_BYTES:]
-        self._buffer = b""
-        while have <= size:
-            have += self._read_into(message[have:])
-        return message[:size]
-
-    def _read_into(self, view: memoryview) -> int:
-        data = self._read(len(view))
-        view[: len(data)] = data
-        return len(data)
-
-    def poll(self, timeout: object) -> bool:
-        if self._buffer:
-            return True
-        return self._readable(Timeout(timeout).timeleft())
-
-    def _read(self, limit: int) -> bytes:
-        raise NotImplementedError
-
-    def _write(self, *parts: bytes) -> None:
-        raise NotImplementedError
-
-    def _readable(self, timeout: object) -> bool:
-        raise NotImplementedError
-
-
-class SocketChannel(FramedChannel):
-    """Over a connected socket, which it owns."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__()
-        self.sock = sock
-        sock.settimeout(None)
-        for level, option, value in (
-            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-            (socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20),
-        ):
-            try:
-                sock.setsockopt(level, option, value)
-            except OSError:
-                pass  # a unix socket, or a limit of the host
-
-    def fileno(self) -> int:
-        if self._closed:
-            raise EOFError("stream has been closed")
-        return self.sock.fileno()
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            try:
-                self.sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            self.sock.close()
-
-    def _readable(self, timeout: object) -> bool:
-        if self._closed:
-            raise EOFError("stream has been closed")
-        try:
-            if timeout is None:
-                return True  # recv blocks by itself
-            poll = select.poll()
-            poll.register(self.sock, select.POLLIN)
-            return bool(poll.poll(timeout * 1000))  # type: ignore[operator]
-        except (OSError, ValueError) as error:
-            raise EOFError(str(error)) from None
-
-    def _read_into(self, view: memoryview) -> int:
-        try:
-            size = self.sock.recv_into(view)
-        except (OSError, ValueError) as error:
-            self.close()
-            raise EOFError(str(error)) from None
-        if not size:
-            self.close()
-            raise EOFError("connection closed by peer")
-        return size
-
-    def _read(self, limit: int) -> bytes:
-        try:
-            data = self.sock.recv(min(limit, _READ_BYTES))
-        except (OSError, ValueError) as error:
-            self.close()
-            raise EOFError(str(error)) from None
-        if not data:
-            self.close()
-            raise EOFError("connection closed by peer")
-        return data
-
-    def _write(self, *parts: bytes) -> None:
-        try:
-            if len(parts) == 1:
-                self.sock.sendall(parts[0])
-                return
-            views = [memoryview(part) for part in parts]
-            while views:
-                sent = self.sock.sendmsg(views)
-                while views and sent >= len(views[0]):
-                    sent -= len(views.pop(0))
-                if sent:
-                    views[0] = views[0][sent:]
-        except (OSError, ValueError) as error:
-            self.close()
-            raise EOFError(str(error)) from None
-
-
-class LinkChannel(FramedChannel):
-    """Over a channel of the link itself: no port anywhere."""
-
-    defers_deletes = True
-
-    def __init__(self, channel: MuxChannel) -> None:
-        super().__init__()
-        self._channel = channel
-
-    def fileno(self) -> int:
-        raise EOFError("a connection over the link has no descriptor of its own")
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            try:
-                self._channel.close()
-            except ChannelError:
-                pass
-
-    def _readable(self, timeout: object) -> bool:
-        if self._closed:
-            raise EOFError("stream has been closed")
-        return self._channel.readable(timeout)  # type: ignore[arg-type]
-
-    def _read(self, limit: int) -> bytes:
-        try:
-            data = self._channel.read(limit)
-        except ChannelError as error:
-            self.close()
-            raise EOFError(str(error)) from None
-        if not data:
-            self.close()
-            raise EOFError("connection closed by peer")
-        return data
-
-    def _write(self, *parts: bytes) -> None:
-        try:
-            small: list[bytes] = []
-            for part in parts:
-                if len(part) < _SMALL:
-                    small.append(part)
-                    continue
-                self._channel.write(b"".join(small))
-                small = []
-                self._channel.write(part)
-            self._channel.write(b"".join(small))
-        except ChannelError as error:
-            self.close()
-            raise EOFError(str(error)) from None
+    def waits(self) -> bool:
+        return self.open
 
 
 class FastConnection(Connection):  # type: ignore[misc]
@@ -282,6 +69,9 @@ class FastConnection(Connection):  # type: ignore[misc]
         self._told_classes: dict[tuple[object, ...], type] = {}
         self.prefetched: dict[str, object] = {}
         self._deletes: list[tuple[object, object]] = []
+        self._encoded: dict[tuple[object, ...], bytes] = {}  # references to the other side's objects, as they are sent
+        self._behind = 0  # threads that wait for another one to read
+        self._behind_lock = threading.Lock()
         self.prefetch_came = threading.Event()
         super().__init__(root, channel, dict(config, bind_threads=False))  # type: ignore[call-overload]
 
@@ -298,11 +88,69 @@ class FastConnection(Connection):  # type: ignore[misc]
 
     # telling
 
-    def _box(self, obj: object) -> object:
-        boxed = super()._box(obj)
+    def _box(self, obj: Any) -> tuple[int, Any]:
+        """rpyc's: by value what is immutable, else by reference. Each item is looked at once."""
+        kind = type(obj)
+        if kind in brine.simple_types:
+            return consts.LABEL_VALUE, obj
+        if kind is tuple:
+            items = [self._box(item) for item in obj]
+            for label, _ in items:
+                if label != consts.LABEL_VALUE:
+                    return consts.LABEL_TUPLE, tuple(items)
+            return consts.LABEL_VALUE, obj
+        if isinstance(obj, netref.BaseNetref) and _get(obj, "____conn__") is self:
+            return consts.LABEL_LOCAL_REF, obj.____id_pack__ if kind is Routine else _get(obj, "____id_pack__")
+        boxed: tuple[int, Any] = super()._box(obj)
         if boxed[0] == consts.LABEL_REMOTE_REF:
             self._push_methods(boxed[1], obj)
         return boxed
+
+    def sync_request(self, handler: int, *args: Any) -> Any:
+        """rpyc's: ask, and serve the connection until the answer is there. Raises what the other side raised."""
+        answer = _Answer()
+        self._async_request(handler, args, answer)
+        if answer.open:
+            ttl = Timeout(self._config["sync_request_timeout"])
+            while answer.open and not ttl.expired():
+                self.serve(ttl, waiting=answer.waits)
+            if answer.open:
+                raise TimeoutError("result expired")
+        if answer.is_error:
+            raise answer.value
+        return answer.value
+
+    def serve(self, timeout: Any = 1, wait_for_lock: bool = True, waiting: Any = None) -> bool:
+        """rpyc's, with one look at the lock where nobody else holds it."""
+        if not self._recvlock.acquire(False):
+            with self._behind_lock:
+                self._behind += 1  # before the lock is tried again: whoever has it then will see it and wake us
+            try:
+                return bool(super().serve(timeout, wait_for_lock, waiting or _always))
+            finally:
+                with self._behind_lock:
+                    self._behind -= 1
+        data = None
+        try:
+            if waiting is not None and not waiting():
+                self._recvlock.release()
+                return False
+            try:
+                data = self._channel.poll(timeout) and self._channel.recv()
+            except Exception as error:
+                self._recvlock.release()
+                if isinstance(error, EOFError):
+                    self.close()
+                raise
+            if not data:
+                self._recvlock.release()
+                return False
+            self._dispatch(data)
+            return True
+        finally:
+            if self._behind:
+                with self._recv_event:
+                    self._recv_event.notify_all()
 
     def _push_methods(self, id_pack: tuple[object, ...], obj: object) -> None:
         kind = obj if id_pack[2] == 0 else type(obj)
@@ -347,18 +195,58 @@ class FastConnection(Connection):  # type: ignore[misc]
             # from a finaliser, which the collector runs anywhere: it goes with the next message
             self._deletes.append((object.__getattribute__(args[0], "____id_pack__"), args[1]))
             return
-        super()._async_request(handler, args, callback)
+        seq = next(self._seqcounter)
+        self._request_callbacks[seq] = callback
+        try:
+            parts = [_REQUEST]
+            dump(seq, parts)
+            parts.append(b"\x11%c" % (handler + 0x50))
+            self._put(args, parts)
+            self._send_parts(parts)
+        except Exception:
+            self._request_callbacks.pop(seq, None)
+            raise
+
+    def _put(self, obj: Any, parts: list[bytes]) -> None:
+        """Append the brine form of what `_box` makes of *obj*."""
+        kind = type(obj)
+        if kind is tuple:
+            for item in obj:
+                if type(item) not in brine.simple_types:
+                    parts.append(_BOXED_TUPLE + tuple_head(len(obj)))
+                    for one in obj:
+                        self._put(one, parts)
+                    return
+        if kind is tuple or kind in brine.simple_types:
+            parts.append(_BOXED_VALUE)
+            dump(obj, parts)
+            return
+        boxed = self._box(obj)
+        if boxed[0] != consts.LABEL_LOCAL_REF:
+            dump(boxed, parts)
+            return
+        known = self._encoded.get(boxed[1])
+        if known is None:
+            form: list[bytes] = []
+            dump(boxed, form)
+            if len(self._encoded) > _ENCODED_KEPT:
+                self._encoded.clear()
+            known = self._encoded[boxed[1]] = b"".join(form)
+        parts.append(known)
 
     def _send(self, msg: int, seq: int, args: object) -> None:
         """rpyc's, with the message in pieces: its large byte strings as they are."""
+        parts = [b"%c" % msg]
+        dump((seq, args), parts)
+        self._send_parts(parts)
+
+    def _send_parts(self, parts: list[bytes]) -> None:
         while self._deletes:
             id_pack, count = self._deletes.pop()
             boxed = (consts.LABEL_TUPLE, ((consts.LABEL_LOCAL_REF, id_pack), (consts.LABEL_VALUE, count)))
-            parts = [brine.I1.pack(consts.MSG_REQUEST)]
-            _dump((self._get_seq_id(), (consts.HANDLE_DEL, boxed)), parts)
-            self._send_queue.append(parts)
-        parts = [brine.I1.pack(msg)]
-        _dump((seq, args), parts)
+            goodbye = [b"%c" % consts.MSG_REQUEST]
+            dump((self._get_seq_id(), (consts.HANDLE_DEL, boxed)), goodbye)
+            self._send_queue.append(goodbye)
         self._send_queue.append(parts)
         # rpyc's protocol.py says why it is done this way: a __del__ during the send may come here again
         while self._send_queue:
@@ -375,28 +263,76 @@ class FastConnection(Connection):  # type: ignore[misc]
     def _dispatch(self, data: bytes | memoryview) -> None:
         """rpyc's, without copies of large messages, and with one type more."""
         kind = data[0]
-        if kind == consts.MSG_REQUEST:
+        held = kind == consts.MSG_REPLY or kind == MSG_PUSH  # what they bring has to be there before the next message
+        if not held:
             self._recvlock.release()
-            seq, args = _load(data)
-            self._dispatch_request(seq, args)
-        elif kind == consts.MSG_REPLY:
+        try:
             try:
-                seq, args = _load(data)
-                self._seq_request_callback(kind, seq, False, self._unbox(args))
-            finally:
+                if data[1] != _PAIR:
+                    raise ValueError("no pair")
+                seq, at = load(data, 2)
+                if kind == consts.MSG_REPLY:
+                    content = self._load_boxed(data, at)[0]
+                elif kind != consts.MSG_REQUEST:
+                    content = load(data, at)[0]
+            except (IndexError, struct.error) as error:
+                raise ValueError("not a message of rpyc: %s" % error) from None
+            if kind == consts.MSG_REPLY:
+                self._seq_request_callback(kind, seq, False, content)
+            elif kind == consts.MSG_REQUEST:
+                # read where it is answered: what is wrong with it goes back as an exception
+                self._dispatch_request(seq, (data, at))
+            elif kind == consts.MSG_EXCEPTION:
+                self._seq_request_callback(kind, seq, True, self._unbox_exc(content))
+            elif kind == MSG_PUSH:
+                self._take_push(content)
+            else:
+                raise ValueError("unknown type of message %d" % kind)
+        finally:
+            if held:
                 self._recvlock.release()
-        elif kind == consts.MSG_EXCEPTION:
-            self._recvlock.release()
-            seq, args = _load(data)
-            self._seq_request_callback(kind, seq, True, self._unbox_exc(args))
-        elif kind == MSG_PUSH:
-            try:
-                self._take_push(_load(data)[1])
-            finally:
-                self._recvlock.release()
+
+    def _dispatch_request(self, seq: int, raw: Any) -> None:
+        """rpyc's, reading and unboxing in one go."""
+        data, at = raw
+        try:
+            if data[at] != _PAIR:
+                raise ValueError("no pair")
+            handler, at = load(data, at + 1)
+            args = self._load_boxed(data, at)[0]
+            result = self._HANDLERS[handler](self, *args)
+        except BaseException as error:
+            self._last_traceback = error.__traceback__
+            config = self._config
+            if config["logger"] and not isinstance(error, StopIteration):
+                config["logger"].debug("Exception caught", exc_info=True)
+            if isinstance(error, SystemExit) and config["propagate_SystemExit_locally"]:
+                raise
+            if isinstance(error, KeyboardInterrupt) and config["propagate_KeyboardInterrupt_locally"]:
+                raise
+            self._send(consts.MSG_EXCEPTION, seq, self._box_exc(type(error), error, error.__traceback__))
         else:
-            self._recvlock.release()
-            raise ValueError("invalid message type: %r" % kind)
+            parts = [_REPLY]
+            dump(seq, parts)
+            self._put(result, parts)
+            self._send_parts(parts)
+
+    def _load_boxed(self, data: Any, at: int) -> tuple[Any, int]:
+        """What `_unbox` makes of the value that begins at *at*, and where that ends."""
+        if data[at] != _PAIR:
+            raise ValueError("no pair")
+        label = data[at + 1] - 0x50
+        if label == consts.LABEL_VALUE:
+            return load(data, at + 2)
+        if label == consts.LABEL_TUPLE:
+            size, at = load_tuple_head(data, at + 2)
+            items = []
+            for _ in range(size):
+                item, at = self._load_boxed(data, at)
+                items.append(item)
+            return tuple(items), at
+        value, at = load(data, at + 2)
+        return self._unbox((label, value)), at
 
     def _take_push(self, pushed: Any) -> None:
         if pushed[0] == "methods":
@@ -409,6 +345,14 @@ class FastConnection(Connection):  # type: ignore[misc]
                 self.prefetched[str(name)] = self._unbox(boxed)
             self._remote_root = self.prefetched["root"]
             self.prefetch_came.set()
+
+    def _unbox(self, package: Any) -> Any:
+        label, value = package
+        if label == consts.LABEL_VALUE:
+            return value
+        if label == consts.LABEL_TUPLE:
+            return tuple([self._unbox(item) for item in value])
+        return super()._unbox(package)
 
     @staticmethod
     def _told_key(id_pack: tuple[object, ...]) -> tuple[object, ...]:

@@ -35,7 +35,7 @@ def encode(channel: int, kind: int, payload: bytes = b"") -> bytes:
 
 def check(length: int, kind: int) -> None:
     """Raise `FrameError` unless a header with *length* and *kind* may exist."""
-    if kind >= len(_LIMITS):
+    if kind > RESET:
         raise FrameError("unknown frame kind %d" % kind)
     if length > _LIMITS[kind]:
         raise FrameError("frame of kind %d announces %d bytes, the limit is %d" % (kind, length, _LIMITS[kind]))

@@ -22,17 +22,25 @@ _SESSION_LIMIT_S = 15.0  # from the payload's last byte to the Session that foll
 _TAIL_BYTES = 4096
 
 
+_NONE: list[bytes] = []
+
+
 class Stop(Exception):
     """The session is over; the text says why."""
 
 
 def split(data: bytes) -> tuple[list[bytes], bytes, bytes]:
     """Whole frames in *data*: payloads of the keeper's channel, all others as they are, and the unfinished rest."""
+    size = len(data)
+    unpack, header = frames.HEADER.unpack_from, frames.HEADER_BYTES
+    if size >= header:
+        length, channel, kind = unpack(data)
+        if size == header + length and channel != KEEPER_CHANNEL:  # the commonest: one frame, and whole
+            frames.check(length, kind)
+            return _NONE, data, b""
     mine: list[bytes] = []
     passed: list[bytes] = []
     at = start = 0
-    size = len(data)
-    unpack, header = frames.HEADER.unpack_from, frames.HEADER_BYTES
     while at + header <= size:
         length, channel, kind = unpack(data, at)
         frames.check(length, kind)
@@ -150,6 +158,7 @@ class Keeper:
     def _loop(self) -> None:
         poll = select.poll()
         wanted: dict[int, int] = {}
+        shape: object = None  # of what is wanted: most times nothing has changed
         while True:
             now = time.monotonic()
             if now >= self.deadline:
@@ -157,14 +166,18 @@ class Keeper:
             wait = self.deadline - now
             if not self.settled and self.state == control.LIVE:
                 wait = min(wait, 0.5)
-            self._want(poll, wanted)
+            now_shape = self.client.held < _HELD_BYTES, not self.client.pending, not self.to_worker.pending, len(self.outputs)
+            if now_shape != shape:
+                shape = now_shape
+                self._want(poll, wanted)
             ready = poll.poll(wait * 1000 + 1)
             if not ready and not self.settled:
                 self._settle()
-            for fd, event in ready:
+            if len(ready) > 1:
                 # output first: what remote code printed before its answer arrives before it
-                if fd in self.outputs:
-                    self._read_output(fd)
+                for fd, _ in ready:
+                    if fd in self.outputs:
+                        self._read_output(fd)
             for fd, event in ready:
                 if fd == self.worker_out:
                     self._read_worker()
@@ -179,9 +192,11 @@ class Keeper:
                     self._send_worker(b"")
                 elif fd == self.wake:
                     self._reap()
+                elif len(ready) == 1 and fd in self.outputs:
+                    self._read_output(fd)
 
     def _want(self, poll: select.poll, wanted: dict[int, int]) -> None:
-        """Register what has changed since the last time: most times nothing has."""
+        """Register what has changed since the last time."""
         now = {self.link_in: select.POLLIN, self.wake: select.POLLIN}
         for fd in self.outputs:
             now[fd] = select.POLLIN

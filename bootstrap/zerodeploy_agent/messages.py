@@ -280,6 +280,21 @@ def dump(message: Message) -> bytes:
     return compactjson.dumps(fields)
 
 
+def dump_call(request: int, target: str | None, source: str | None) -> bytes:
+    """What `dump` makes of a `Call` without arguments, the commonest message, without making it first."""
+    fields: dict[str, object] = {"type": "call", "id": request}
+    if source is None:
+        fields["target"] = target
+    else:
+        fields["source"] = source
+    return compactjson.dumps(fields)
+
+
+def dump_result(request: int, tree: object, seconds: float) -> bytes:
+    """What `dump` makes of a `Result` whose body is one simple value."""
+    return compactjson.dumps({"type": "result", "re": request, "body": {"tree": tree}, "seconds": seconds})
+
+
 def load(payload: bytes) -> Message:
     """The message in *payload*. Raises `MessageError`, which names the type and ``id`` when there are any."""
     try:

@@ -35,8 +35,11 @@ def prepare(worker: object) -> dict[str, object]:
     with _lock:
         if _state:
             return _state
-        from . import fastrpc
+        from rpyc.core import brine
 
+        from . import fastrpc, rpcwire
+
+        brine.dump, brine.load = rpcwire.dumps, rpcwire.loads  # shipped without them; rpyc.utils.registry uses them
         __import__("rpyc.core.service")
         service_module = sys.modules["rpyc.core.service"]
         service_module.Service._protocol = fastrpc.FastConnection

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from . import frames, messages
+from . import calls, frames, messages
 from .frames import ChannelError
 from .importer import Finder
 from .messages import WORKER_CHANNEL
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from .streams import Channel, Channels
 
 _READ_BYTES = 120 << 10  # below glibc's mmap threshold: a larger buffer costs page faults at each read
+_ATOMIC_BYTES = 4096  # what a pipe takes as a whole or not at all (POSIX: at least 512; Linux: 4096)
 _SPARE_THREADS = 4
-_TICK_S = 0.002
+_TICK_S = 0.003
 _IDLE_TICKS = 50
 
 
@@ -73,9 +74,12 @@ class Worker:
     def send(self, *buffers: bytes | memoryview) -> None:
         if os.getpid() != self._pid:
             raise ChannelError("a forked child of remote code has no link")
-        pending = [buffer for buffer in buffers if len(buffer)]
         with self._send_lock:
             try:
+                if len(buffers) == 1 and len(buffers[0]) <= _ATOMIC_BYTES:
+                    os.write(self._out, buffers[0])
+                    return
+                pending = [buffer for buffer in buffers if len(buffer)]
                 while pending:
                     sent = os.writev(self._out, pending[:512])
                     while pending and sent >= len(pending[0]):
@@ -217,9 +221,9 @@ class Worker:
         Channels are opened here, before the next frame is read.
         """
         name = message.tag
-        if name == "setup":
-            return lambda: self._set_up(message)
         if self.setup is None:
+            if name == "setup":
+                return lambda: self._set_up(message)
             return lambda: self.tell(messages.Error(code="protocol", message="a request before Setup"))
         if name == "part":
             channel = self.channels.open(message.body["channel"])
@@ -228,8 +232,6 @@ class Worker:
         if name == "call" or name == "ship":
             body = message.body
             carried = self.channels.open(body["channel"]) if body and body.get("channel") else None
-            from . import calls
-
             if carried is not None:  # the rest of it is still to be read
                 self._in_thread(calls.receive if name == "ship" else calls.run, self, message, carried)
                 return None
@@ -237,8 +239,6 @@ class Worker:
                 return lambda: calls.receive(self, message, carried)
             return lambda: calls.run(self, message, carried)
         if name == "cancel":
-            from . import calls
-
             calls.cancel(self, message)
         elif name == "signal":
             self._in_thread(self._late, "spawning", "signal", message)

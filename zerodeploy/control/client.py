@@ -45,8 +45,11 @@ class Client:
              timeout_s: float | None = None, pickle_args: bool = False) -> Any:  # fmt: skip
         """Run *function* on the host and give back what it returned. See `DeployedServer.call`."""
         target = functions.prepare(function)
-        args, kwargs = (*target.args, *args), {**target.kwargs, **kwargs}
         session = self.session
+        if target.args or target.kwargs:
+            args, kwargs = (*target.args, *args), {**target.kwargs, **kwargs}
+        elif not (args or kwargs or pickle_args):
+            return self._bare_call(target, timeout_s)
         segments: list[bytes] = []
         body = None
         flags = []
@@ -54,11 +57,21 @@ class Client:
         try:
             if pickle_args:
                 flags.append("pickle")
-                body, segments = plain.pack((self._pickle(args, kwargs), {}), "arguments", number)
+                body, segments = plain.pack((self._pickle(tuple(args), dict(kwargs)), {}), "arguments", number)
             elif args or kwargs:
-                body, segments = self._pack_arguments(args, dict(kwargs), number)
+                body, segments = self._pack_arguments(tuple(args), dict(kwargs), number)
             key = self._ship(target.shipment)
             session.send_body(messages.Call(id=request, target=target.name, source=key, body=body, flags=flags), number, segments)
+            return self._result(request, number, reply, timeout_s)
+        finally:
+            session.finish(request)
+
+    def _bare_call(self, target: functions.Target, timeout_s: float | None) -> Any:
+        """A call without arguments, on the shortest way."""
+        session = self.session
+        request, number, reply = session.next_request()
+        try:
+            session.tell_call(request, target.name, self._ship(target.shipment))
             return self._result(request, number, reply, timeout_s)
         finally:
             session.finish(request)

@@ -57,10 +57,11 @@ def prepare(function: object) -> Target:
         NotShippable: it can't travel; the text names what can't, and the way out.
     """
     if isinstance(function, str):
-        module, colon, path = function.partition(":")
-        if not (module and colon and path) or not all(p.isidentifier() for p in (module + "." + path).split(".")):
-            raise NotShippable(f'{function!r} is no target: give module:name, as in "platform:node", or a function')
-        return Target(name=function)
+        return _named(function)
+    if type(function) is types.FunctionType:
+        known = _prepared.get(id(function.__code__))
+        if known is not None and known.still_fits(function):
+            return known.target
     if isinstance(function, functools.partial):
         inner = prepare(function.func)
         return Target(inner.name, inner.shipment, inner.args + function.args, {**inner.kwargs, **function.keywords})
@@ -82,7 +83,20 @@ def prepare(function: object) -> Target:
     entry = builder.reference(function, "the function", set())
     if entry[0] != "unit":
         raise NotShippable(f"{function!r} can't travel: pass a function, or the name module:name of something on the host")
-    return Target(shipment=builder.shipment(str(entry[1])))
+    target = Target(shipment=builder.shipment(str(entry[1])))
+    if builder.stable and isinstance(function, types.FunctionType):
+        if len(_prepared) > _KEPT:
+            _prepared.clear()
+        _prepared[id(function.__code__)] = _Prepared(function, target, builder)
+    return target
+
+
+@functools.lru_cache(maxsize=512)
+def _named(target: str) -> Target:
+    module, colon, path = target.partition(":")
+    if not (module and colon and path) or not all(p.isidentifier() for p in (module + "." + path).split(".")):
+        raise NotShippable(f'{target!r} is no target: give module:name, as in "platform:node", or a function')
+    return Target(name=target)
 
 
 def _library_name(thing: object) -> str | None:
@@ -121,6 +135,46 @@ def is_library(module: types.ModuleType) -> bool:
     return real.startswith(_LIBRARIES) or f"{os.sep}site-packages{os.sep}" in real or f"{os.sep}dist-packages{os.sep}" in real
 
 
+class _Prepared:
+    """A shipment that can be used again as long as everything that was looked at on the way is the same object."""
+
+    def __init__(self, function: types.FunctionType, target: Target, builder: _Builder) -> None:
+        self.function = function
+        self.target = target
+        self._looked_up = builder.looked_up
+        self._functions = builder.functions
+        self._submodules = builder.submodules
+
+    def still_fits(self, function: types.FunctionType) -> bool:
+        """Whether *function*, which has the same code, would be shipped the same way."""
+        if function is not self.function and not self._is_twin(function):
+            return False
+        for one, code, defaults, kwdefaults in self._functions:
+            if one.__code__ is not code or one.__defaults__ is not defaults or one.__kwdefaults__ is not kwdefaults:
+                return False
+            if "__wrapped__" in one.__dict__:
+                return False
+        for namespace, name, value in self._looked_up:
+            if namespace.get(name, _NOTHING) is not value:
+                return False
+        return all(_used_submodules(module, attributes) == found for module, attributes, found in self._submodules)
+
+    def _is_twin(self, function: types.FunctionType) -> bool:
+        """The same lambda or inner function, made again by a loop or a second call of what it stands in."""
+        mine = self.function
+        return (
+            "<" in function.__qualname__ and function.__qualname__ == mine.__qualname__ and not function.__dict__
+            and function.__globals__ is mine.__globals__ and function.__module__ == mine.__module__
+            and function.__defaults__ is mine.__defaults__ and function.__kwdefaults__ is mine.__kwdefaults__
+            and vars(sys.modules[function.__module__]).get(function.__name__) is not function
+        )  # fmt: skip
+
+
+_SCALARS = (type(None), bool, int, float, str, bytes)
+_NOTHING = object()
+_prepared: dict[int, _Prepared] = {}  # by id of the code, which the entry keeps alive
+
+
 class _Builder:
     """Collects units (definitions) and spaces (the module-level names they refer to), dependencies first."""
 
@@ -129,6 +183,11 @@ class _Builder:
         self.spaces: dict[str, dict[str, Any]] = {}
         self._ids: dict[int, str] = {}
         self._alive: list[object] = []  # ids stay unique while what they belong to lives
+        # whether the same objects make the same shipment again, and which they are
+        self.stable = True
+        self.looked_up: list[tuple[dict[str, Any], str, object]] = []
+        self.functions: list[tuple[types.FunctionType, types.CodeType, object, object]] = []
+        self.submodules: list[tuple[types.ModuleType, frozenset[str], list[str]]] = []
 
     def shipment(self, entry: str) -> Shipment:
         spaces = {name: {key: part for key, part in space.items() if key != "_of"} for name, space in self.spaces.items()}
@@ -154,6 +213,7 @@ class _Builder:
             return ["unit", self._function(value, where, pending)]
         if isinstance(value, type):
             return ["unit", self._class(value, where, pending)]
+        self.stable = self.stable and type(value) in _SCALARS
         if isinstance(value, functools.partial):
             args, kwargs = list(value.args), dict(value.keywords)
             _check_plain(args, where + ".args")
@@ -183,6 +243,14 @@ class _Builder:
                 and getattr(inner_module, unwrapped.__name__, None) is function
             ):
                 return self._function(unwrapped, where, pending, standing_for=function)
+        owner = sys.modules.get(function.__module__)
+        if decorated or function.__closure__ or unwrapped is not None or owner is None:
+            self.stable = False
+        else:
+            self.looked_up.append((vars(owner), function.__name__, vars(owner).get(function.__name__, _NOTHING)))
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.stable = self.stable and type(value) in _SCALARS
+        self.functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
         plain_defaults = all(_is_plain(v) for v in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
         definition = _cached_definition(function, decorated, plain_defaults and not decorated)
         unit = self._new_id(standing_for if decorated else function)
@@ -255,6 +323,7 @@ class _Builder:
         names = self.spaces[space]["names"]
         for name in sorted(definition.hints):
             value = namespace.get(name)
+            self.looked_up.append((namespace, name, namespace.get(name, _NOTHING)))
             if value is typing or value is dataclasses:
                 names.setdefault(name, ["import", [value.__name__]])
             for form in ("typing:ClassVar", "dataclasses:InitVar", "dataclasses:KW_ONLY"):
@@ -262,6 +331,7 @@ class _Builder:
                 if value is getattr(sys.modules[module], attribute):
                     names.setdefault(name, ["name", form])
         for name in sorted(wanted):
+            self.looked_up.append((namespace, name, namespace.get(name, _NOTHING)))
             if name in names or (name == definition.name and definition.form != "lambda" and name not in namespace):
                 continue
             if name not in namespace:
@@ -270,7 +340,9 @@ class _Builder:
                 continue
             value = namespace[name]
             if isinstance(value, types.ModuleType):
-                names[name] = ["import", [value.__name__, *_used_submodules(value, definition.attributes)]]
+                used = _used_submodules(value, definition.attributes)
+                self.submodules.append((value, definition.attributes, used))
+                names[name] = ["import", [value.__name__, *used]]
                 continue
             reference = self.reference(value, f"{owner}'s global {name}", pending)
             names.setdefault(name, reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -40,14 +41,17 @@ class Outbox:
             if self._closed:
                 raise BrokenPipeError("the link is closed")
             idle = not self._queue
+            if idle and len(buffers) == 1:
+                buffers = self._write_now(buffers[0])
             for buffer in buffers:
                 if len(buffer):
                     self._queue.append(buffer)
                     self._held += len(buffer)
-            if idle:
+            if idle and self._queue:
                 self._write()
                 if self._queue:
-                    os.write(self._wake, b"w")
+                    with contextlib.suppress(BlockingIOError):  # so many are there that it will look
+                        os.write(self._wake, b"w")
 
     def flush(self) -> None:
         """Write what the descriptor takes now. Raises `OSError` when nobody reads it any more."""
@@ -61,6 +65,15 @@ class Outbox:
             self._closed = True
             self._queue.clear()
             self._room.notify_all()
+
+    def _write_now(self, buffer: bytes | memoryview) -> tuple[bytes | memoryview, ...]:
+        """One small message, as most are; gives what was not taken."""
+        try:
+            sent = os.write(self._fd, buffer)
+        except BlockingIOError:
+            return (buffer,)
+        self.sent += sent
+        return () if sent == len(buffer) else (buffer[sent:],)
 
     def _write(self) -> None:
         queue = self._queue

@@ -13,7 +13,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
 from zerodeploy.control.outbox import Outbox
@@ -25,6 +25,7 @@ __all__ = ["LinkReader"]
 _READ_BYTES = 1 << 16  # small first: malloc serves larger buffers with mmap, a page fault each
 _READ_MOST_BYTES = 1 << 20
 _PARKED_S = 0.005  # how long the thread leaves the link to callers after the last of them
+_MAIN = threading.main_thread()
 _INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -60,6 +61,7 @@ class LinkReader:
         self._over = False
         self._poll = select.poll()
         self._polled: dict[int, int] = {}
+        self._shape: tuple[bool, bool] | None = None  # of what is polled: most times nothing has changed
         self._stderr_open = True
         self._read_bytes = _READ_BYTES
         self._inbox: list[bytes] = []
@@ -128,17 +130,9 @@ class LinkReader:
     def _step(self, timeout_s: float) -> None:
         """Wait for something and deal with it. Called with the right to read."""
         running = self._running
-        wanted = {running.stdout: select.POLLIN, self._wake_read: select.POLLIN}
-        if self._stderr_open:
-            wanted[running.stderr] = select.POLLIN
-        if self.outbox.pending:
-            wanted[running.stdin] = select.POLLOUT
-        if wanted != self._polled:
-            for fd in self._polled:
-                self._poll.unregister(fd)
-            for fd, events in wanted.items():
-                self._poll.register(fd, events)
-            self._polled = wanted
+        shape = self._stderr_open, self.outbox.pending
+        if shape != self._shape:
+            self._register(*shape)
         for fd, _ in self._poll.poll(max(0.0, timeout_s) * 1000 + 0.5):
             if fd == running.stdout:
                 self._read()
@@ -150,6 +144,19 @@ class LinkReader:
             else:
                 with contextlib.suppress(OSError):
                     os.read(self._wake_read, 4096)
+
+    def _register(self, stderr_open: bool, pending: bool) -> None:
+        running = self._running
+        wanted = {running.stdout: select.POLLIN, self._wake_read: select.POLLIN}
+        if stderr_open:
+            wanted[running.stderr] = select.POLLIN
+        if pending:
+            wanted[running.stdin] = select.POLLOUT
+        for fd in self._polled:
+            self._poll.unregister(fd)
+        for fd, events in wanted.items():
+            self._poll.register(fd, events)
+        self._polled, self._shape = wanted, (stderr_open, pending)
 
     def _read(self) -> None:
         inbox = self._inbox
@@ -204,8 +211,11 @@ class LinkReader:
                     self._waiting -= 1
             return
         try:
-            with _signals_held(self.wake) as held:
-                self._read_for(reply, until, held)
+            if threading.current_thread() is _MAIN:
+                with _SignalsHeld(self.wake) as held:
+                    self._read_for(reply, until, held)
+            else:
+                self._read_for(reply, until, [])
         finally:
             with self._turn:
                 self.caller = None
@@ -235,34 +245,54 @@ class LinkReader:
             self._right.release()
 
 
-@contextlib.contextmanager
-def _signals_held(wake: int) -> Iterator[list[int]]:
-    """While this thread handles frames, the user's signal handlers wait: one that raises would lose an answer.
+class _SignalsHeld:
+    """While the main thread handles frames, the user's signal handlers wait: one that raises would lose an answer.
 
     A signal makes the reader look up at once; its handler runs at the end of the block, and may raise there.
     """
-    held: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield held
-        return
 
-    def hold(number: int, frame: FrameType | None) -> None:
-        held.append(number)
+    __slots__ = ("_held", "_saved", "_wake")
+
+    def __init__(self, wake: int) -> None:
+        self._wake = wake
+        self._held: list[int] = []
+        self._saved: list[tuple[int, Callable[[int, FrameType | None], object]]] = []
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        self._held.append(number)
         with contextlib.suppress(OSError):
-            os.write(wake, b"s")
+            os.write(self._wake, b"s")
 
-    saved = []
-    try:
-        for number in _INTERRUPTING:
-            handler = signal.getsignal(number)
-            if callable(handler):
-                saved.append((number, handler))
-                signal.signal(number, hold)
-        yield held
-    finally:
-        for number, handler in saved:
-            signal.signal(number, handler)
-    for number in held:
-        for saved_number, handler in saved:
-            if saved_number == number and callable(handler):
-                handler(number, None)
+    def __enter__(self) -> list[int]:
+        hold = self._hold
+        try:
+            for number in _INTERRUPTING:
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._saved.append((number, handler))
+                    signal.signal(number, hold)
+        except BaseException:  # a signal came in between, and its handler raised
+            self._restore()
+            raise
+        return self._held
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
+        for number in self._held:
+            for saved_number, handler in self._saved:
+                if saved_number == number:
+                    handler(number, None)
+
+    def _restore(self) -> None:
+        """Put all handlers back, also when one of those that are back already is called meanwhile and raises."""
+        todo = list(self._saved)
+        interrupted: BaseException | None = None
+        while todo:
+            try:
+                while todo:
+                    signal.signal(*todo[-1])
+                    todo.pop()
+            except BaseException as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted

@@ -15,23 +15,21 @@ _first = threading.Lock()  # one for all: it is held for two assignments
 class Reply:
     """The place for one answer. A bare lock and not an Event: one system call less on the way of every call."""
 
-    __slots__ = ("_done", "error", "message")
+    __slots__ = ("_done", "answered", "error", "message")
 
     def __init__(self) -> None:
         self._done = threading.Lock()
         self._done.acquire()
         self.message: Message | None = None
         self.error: BaseException | None = None
-
-    @property
-    def answered(self) -> bool:
-        return self.message is not None or self.error is not None
+        self.answered = False
 
     def resolve(self, message: Message) -> None:
         with _first:
             if self.answered:
                 return
             self.message = message
+            self.answered = True
         self._done.release()
 
     def fail(self, error: BaseException) -> None:
@@ -39,6 +37,7 @@ class Reply:
             if self.answered:
                 return
             self.error = error
+            self.answered = True
         self._done.release()
 
     def wait_answered(self, timeout_s: float | None = None) -> None:
@@ -49,7 +48,8 @@ class Reply:
 
     def wait(self, timeout_s: float | None = None) -> Message:
         """The answer. Raises the error it failed with, `TimeoutError` after *timeout_s*."""
-        self.wait_answered(timeout_s)
+        if not self.answered:
+            self.wait_answered(timeout_s)
         if self.error is not None:
             raise self.error
         assert self.message is not None

@@ -183,6 +183,13 @@ class Session:
         except OSError as error:
             raise self._lost(str(error)) from None
 
+    def tell_call(self, request: int, target: str | None, source: str | None) -> None:
+        """`tell` for a call without arguments."""
+        try:
+            self._outbox.send(frames.encode(WORKER_CHANNEL, frames.CONTROL, messages.dump_call(request, target, source)))
+        except OSError as error:
+            raise self._lost(str(error)) from None
+
     def next_request(self) -> tuple[int, int, Reply]:
         """A request id, the first of its four channels, and where its answer will be."""
         request = next(self._requests)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import binascii
+import fnmatch
 import functools
 import hashlib
 import importlib.util
@@ -31,7 +32,19 @@ _RPYC_FILES = (
 # parts of them that no session of ours reaches: other systems' pipes, rpyc's own TLS, its threads bound to threads
 _RPYC_UNUSED = {
     "core/stream.py": ("Win32PipeStream", "NamedPipeStream", "TunneledSocketStream", "ssl_connect"),
-    "core/protocol.py": ("_serve_bound", "_serve_temporary", "_get_thread", "_Thread", "serve_threaded"),
+    "core/protocol.py": (
+        "_serve_bound",
+        "_serve_temporary",
+        "_get_thread",
+        "_Thread",
+        "serve_threaded",
+        "_send",
+        "_dispatch",
+        "_dispatch_request",
+        "_async_request",
+        "sync_request",
+    ),  # fastrpc.py has its own
+    "core/brine.py": ("register", "dump", "load", "_dump*", "_load*", "_undumpable"),  # rpcwire.py has its own
     "lib/compat.py": ("SelectingPoll", "with_metaclass"),
 }
 # what only some sessions need follows over the link when it is first imported
@@ -156,10 +169,10 @@ def _rpyc(names: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _prune(source: bytes, names: tuple[str, ...]) -> bytes:
-    """*source* without the classes and methods *names*; every line keeps its number."""
+    """*source* without the classes and functions *names*, which may end with ``*``; every line keeps its number."""
     lines = source.decode("utf-8").splitlines(keepends=True)
     for node in ast.walk(parse(source)) if names else ():
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and any(fnmatch.fnmatchcase(node.name, name) for name in names):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             lines[first - 1 : node.end_lineno] = ["\n"] * ((node.end_lineno or 0) - first + 1)
     return "".join(lines).encode("utf-8")
