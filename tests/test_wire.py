@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import struct
 import threading
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rpyc.core import brine
-from zerodeploy_agent import compactjson, control, frames, messages, rpcwire
+from zerodeploy_agent import compactjson, control, frames, keeper, messages, rpcwire
 from zerodeploy_agent.frames import ChannelError, Decoder, FrameError
 from zerodeploy_agent.messages import Message, MessageError, UnknownMessage
 from zerodeploy_agent.mux import GRANT_BYTES, WINDOW_BYTES, ChannelState
@@ -623,3 +624,42 @@ def test_brine_of_anything_ends_in_a_value_or_a_named_error(data):
 def test_what_brine_does_not_carry():
     with pytest.raises(TypeError, match="cannot dump"):
         rpcwire.dumps(([1],))
+
+
+# the keeper's way of passing frames on
+
+
+@given(st.lists(FRAMES.map(lambda f: (f[0] % 4, f[1], f[2])), max_size=8), st.data())
+def test_the_keeper_passes_on_what_is_not_its_own(sent, data):
+    wire = b"".join(frames.encode(*frame) for frame in sent)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=12)))
+    mine, passed = feed_in_pieces([wire[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(wire)])])
+    assert mine == [payload for channel, _, payload in sent if channel == messages.KEEPER_CHANNEL]
+    assert passed == b"".join(frames.encode(*frame) for frame in sent if frame[0] != messages.KEEPER_CHANNEL)
+
+
+def feed_in_pieces(pieces: list[bytes]) -> tuple[list[bytes], bytes]:
+    reading, writing = os.pipe()
+    feed, mine, passed = keeper.Feed(reading), [], b""
+    try:
+        for piece in pieces:
+            while piece:
+                piece = piece[os.write(writing, piece[: 1 << 15]) :]
+                assert feed.read()
+                own, runs = feed.split()
+                mine += own
+                passed += b"".join(runs)
+                feed.done()
+    finally:
+        os.close(reading)
+        os.close(writing)
+    return mine, passed
+
+
+def test_the_keeper_passes_large_frames_and_long_runs():
+    large = frames.encode(1, frames.CONTROL, os.urandom(frames.MAX_CONTROL_BYTES))
+    bulk = [frames.encode(20, frames.DATA, os.urandom(frames.MAX_DATA_BYTES)) for _ in range(20)]
+    own = frames.encode(messages.KEEPER_CHANNEL, frames.CONTROL, b"{}")
+    wire = b"".join([*bulk[:9], large, own, *bulk[9:], own])
+    mine, passed = feed_in_pieces([wire[at : at + 50_000] for at in range(0, len(wire), 50_000)])
+    assert mine == [b"{}", b"{}"] and passed == b"".join([*bulk[:9], large, *bulk[9:]])

@@ -15,6 +15,8 @@ CONTROL, DATA, WINDOW, EOF, RESET = range(5)
 
 MAX_CONTROL_BYTES = 1 << 20  # bounds what a peer that lost framing can make us buffer
 MAX_DATA_BYTES = 1 << 16
+VIEW_BYTES = 48 << 10  # a view keeps all of the bytes alive that it is one of, so a small one would keep too much
+VIEWS_FROM = 4
 _LIMITS = (MAX_CONTROL_BYTES, MAX_DATA_BYTES, 4, 0, 1024)
 
 
@@ -44,6 +46,9 @@ def check(length: int, kind: int) -> None:
 class Decoder:
     """Collects bytes and gives back whole frames.
 
+    Large DATA payloads come as views of the bytes they arrived in: on a bulk every copy counts. Those below channel
+    `VIEWS_FROM` are always bytes.
+
     >>> decoder = Decoder()
     >>> decoder.feed(encode(7, DATA, b"abc"))
     >>> decoder.next_frame()
@@ -51,35 +56,58 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._buffer = b""
-        self._start = 0
-        self._parts: list[bytes] = []  # chunks not joined yet: joining at each feed would be quadratic
-        self._parts_bytes = 0
+        self._chunks: list[bytes | memoryview] = []
+        self._start = 0  # in the first chunk
+        self._held = 0
         self._wanted = HEADER_BYTES
 
     def feed(self, data: bytes) -> None:
-        self._parts.append(data)
-        self._parts_bytes += len(data)
+        if data:
+            self._chunks.append(data)
+            self._held += len(data)
 
-    def next_frame(self) -> tuple[int, int, bytes] | None:
+    def next_frame(self) -> tuple[int, int, bytes | memoryview] | None:
         """``(channel, kind, payload)``, or None until more bytes have been fed."""
-        held = len(self._buffer) - self._start
-        if held < self._wanted:
-            if held + self._parts_bytes < self._wanted:
-                return None
-            self._parts.insert(0, self._buffer[self._start :])
-            self._buffer = b"".join(self._parts)
-            self._start = 0
-            self._parts = []
-            held = len(self._buffer)
-            self._parts_bytes = 0
-        start = self._start
-        length, channel, kind = HEADER.unpack_from(self._buffer, start)
+        if self._held < self._wanted:
+            return None
+        chunk, start = self._chunks[0], self._start
+        if len(chunk) - start < HEADER_BYTES:
+            chunk, start = self._merge(HEADER_BYTES)
+        length, channel, kind = HEADER.unpack_from(chunk, start)
         check(length, kind)
-        end = start + HEADER_BYTES + length
-        if len(self._buffer) < end:
-            self._wanted = HEADER_BYTES + length
-            return self.next_frame() if held + self._parts_bytes >= self._wanted else None
+        whole = HEADER_BYTES + length
+        if self._held < whole:
+            self._wanted = whole
+            return None
+        if len(chunk) - start < whole:
+            chunk, start = self._merge(whole)
+        end = start + whole
+        payload: bytes | memoryview
+        if length < VIEW_BYTES or kind != DATA or channel < VIEWS_FROM:
+            payload = bytes(chunk[start + HEADER_BYTES : end])
+        else:
+            payload = memoryview(chunk)[start + HEADER_BYTES : end]
         self._wanted = HEADER_BYTES
+        self._held -= whole
         self._start = end
-        return channel, kind, self._buffer[start + HEADER_BYTES : end]
+        if end == len(chunk):
+            del self._chunks[0]
+            self._start = 0
+        return channel, kind, payload
+
+    def _merge(self, size: int) -> tuple[bytes, int]:
+        """Make the first chunk one that holds *size* bytes, of those that lie in several."""
+        parts = [self._chunks.pop(0)[self._start :]]
+        missing = size - len(parts[0])
+        while missing > 0:
+            part = self._chunks[0]
+            if len(part) > missing:
+                parts.append(part[:missing])
+                self._chunks[0] = memoryview(part)[missing:]
+                break
+            parts.append(self._chunks.pop(0))
+            missing -= len(part)
+        first = b"".join(parts)
+        self._chunks.insert(0, first)
+        self._start = 0
+        return first, 0

@@ -15,47 +15,70 @@ import time
 from . import PROTOCOL, cleanup, control, frames, messages
 from .messages import KEEPER_CHANNEL, STDERR_CHANNEL, STDOUT_CHANNEL
 
-_READ_BYTES = 120 << 10  # below glibc's mmap threshold: a larger buffer costs page faults at each read
+_FEED_BYTES = 256 << 10  # read at once on a bulk, and passed on from where it was read to
+_FEED_FIRST_BYTES = 4 << 10  # before there is a bulk: memory that is touched for the first time is slow
 _HELD_BYTES = 1 << 21  # to the client: past this the worker has to wait, and output is dropped
 _IN = select.POLLIN | select.POLLHUP | select.POLLERR
 _SESSION_LIMIT_S = 15.0  # from the payload's last byte to the Session that follows it at once
 _TAIL_BYTES = 4096
 
 
-_NONE: list[bytes] = []
-
-
 class Stop(Exception):
     """The session is over; the text says why."""
 
 
-def split(data: bytes) -> tuple[list[bytes], bytes, bytes]:
-    """Whole frames in *data*: payloads of the keeper's channel, all others as they are, and the unfinished rest."""
-    size = len(data)
-    unpack, header = frames.HEADER.unpack_from, frames.HEADER_BYTES
-    if size >= header:
-        length, channel, kind = unpack(data)
-        if size == header + length and channel != KEEPER_CHANNEL:  # the commonest: one frame, and whole
+class Feed:
+    """The reading half of a descriptor: frames are looked through where they were read to, and passed on from there."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._buffer = bytearray(_FEED_FIRST_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+
+    def read(self) -> bool:
+        """Take in what there is. False at the end; raises `BlockingIOError` when there is nothing."""
+        got = os.readv(self.fd, [self._view[self._filled :]])
+        self._filled += got
+        return got > 0
+
+    def split(self) -> tuple[list[bytes], list[memoryview]]:
+        """Whole frames of what was read: payloads of the keeper's channel, and all others as they are, in runs.
+
+        The runs are views: `done` makes room for the next `read`.
+        """
+        mine: list[bytes] = []
+        passed: list[memoryview] = []
+        at = start = self._missing = 0
+        filled, buffer, view = self._filled, self._buffer, self._view
+        unpack, header = frames.HEADER.unpack_from, frames.HEADER_BYTES
+        while at + header <= filled:
+            length, channel, kind = unpack(buffer, at)
             frames.check(length, kind)
-            return _NONE, data, b""
-    mine: list[bytes] = []
-    passed: list[bytes] = []
-    at = start = 0
-    while at + header <= size:
-        length, channel, kind = unpack(data, at)
-        frames.check(length, kind)
-        end = at + header + length
-        if end > size:
-            break
-        if channel == KEEPER_CHANNEL:
-            if at > start:
-                passed.append(data[start:at])
-            mine.append(data[at + header : end])
-            start = end
-        at = end
-    if at > start:
-        passed.append(data[start:at])
-    return mine, passed[0] if len(passed) == 1 else b"".join(passed), data[at:]
+            end = at + header + length
+            if end > filled:
+                self._missing = end - at
+                break
+            if channel == KEEPER_CHANNEL:
+                if at > start:
+                    passed.append(view[start:at])
+                mine.append(bytes(view[at + header : end]))
+                start = end
+            at = end
+        if at > start:
+            passed.append(view[start:at])
+        self._done = at
+        return mine, passed
+
+    def done(self) -> None:
+        """What `split` gave was dealt with: make room, and more of it for a bulk or a large frame."""
+        size = len(self._buffer)
+        rest = bytes(self._view[self._done : self._filled])
+        if self._filled == size < _FEED_BYTES or self._missing > size:  # frames.check has bounded what can be missing
+            self._buffer = bytearray(max(_FEED_BYTES, self._missing))
+            self._view = memoryview(self._buffer)
+        self._view[: len(rest)] = rest
+        self._filled = len(rest)
 
 
 class Pipe:
@@ -67,7 +90,8 @@ class Pipe:
         self.held = 0
         os.set_blocking(fd, False)
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes | memoryview) -> None:
+        """Write what the descriptor takes now; the rest is copied, and waits for `flush`."""
         if not self.pending:
             try:
                 sent = os.write(self.fd, data)
@@ -76,7 +100,7 @@ class Pipe:
             if sent == len(data):
                 return
             data = data[sent:]
-        self.pending.append(data)
+        self.pending.append(bytes(data))
         self.held += len(data)
 
     def flush(self) -> None:
@@ -112,12 +136,13 @@ class Keeper:
         self.dropped = {STDOUT_CHANNEL: 0, STDERR_CHANNEL: 0}
         self.tail = b""
         self.state = control.WAITING
-        self.rests = {link_in: b"", worker_out: b""}
+        self.from_client, self.from_worker = Feed(link_in), Feed(worker_out)
         self.limit = _SESSION_LIMIT_S
         self.deadline = time.monotonic() + self.limit
         self.exits: dict[int, int] = {}
         self.grace = 0.0
         self.adopting = False
+        self.session: messages.Message | None = None  # until it was answered
         self.settled = False  # the chores that may wait until the first answer have been done
         for fd in (link_in, worker_out, *self.outputs):
             os.set_blocking(fd, False)
@@ -219,21 +244,24 @@ class Keeper:
         cleanup.sweep(os.path.dirname(self.private_dir))
 
     def _read_client(self) -> None:
+        feed = self.from_client
         try:
-            data = os.read(self.link_in, _READ_BYTES)
+            if not feed.read():
+                raise Stop("link closed")
         except BlockingIOError:
             return
-        if not data:
-            raise Stop("link closed")
         self.deadline = time.monotonic() + self.limit
-        rest = self.rests[self.link_in]
-        mine, passed, self.rests[self.link_in] = split(rest + data if rest else data)
+        mine, passed = feed.split()
         for payload in mine:
             self._handle(payload)
-        if passed:
+        for run in passed:
             if self.state == control.WAITING:
                 raise control.StateError("frames for the worker before the Session")
-            self._send_worker(passed)
+            self._send_worker(run)
+        feed.done()
+        if self.session is not None:  # now, and not before the worker has what came behind it: a first call, mostly
+            token, self.session = str(self.session.token), None
+            self._tell_live(token)
         if not self.adopting and self.state == control.LIVE:
             self.adopting = True  # after the first call was passed on: importing ctypes must not delay it
             cleanup.become_subreaper()
@@ -260,9 +288,12 @@ class Keeper:
             raise messages.MessageError("this agent speaks protocol %d only" % PROTOCOL)
         self.limit = max(0.3, 3.0 * float(session.keepalive))
         self.deadline = time.monotonic() + self.limit
+        self.session = session
+
+    def _tell_live(self, token: str) -> None:
         from . import hello
 
-        self._tell(hello.live(self.marker, str(session.token), self.worker, self.port, self.path))
+        self._tell(hello.live(self.marker, token, self.worker, self.port, self.path))
 
     def _state_of(self, topic: str) -> dict[str, object]:
         if topic == "processes":
@@ -272,21 +303,21 @@ class Keeper:
         return {"held": self.client.held, "dropped": list(self.dropped.values()), "state": self.state}
 
     def _read_worker(self) -> None:
+        feed = self.from_worker
         try:
-            data = os.read(self.worker_out, _READ_BYTES)
+            if not feed.read():
+                self._worker_ended(wait_s=0.5)
+                return
         except BlockingIOError:
             return
-        if not data:
-            self._worker_ended(wait_s=0.5)
-            return
-        rest = self.rests[self.worker_out]
-        mine, passed, self.rests[self.worker_out] = split(rest + data if rest else data)
-        if passed:
-            self.client.send(passed)
+        mine, passed = feed.split()
+        for run in passed:
+            self.client.send(run)
         if mine:
             raise control.StateError("the worker wrote to the keeper's channel")
+        feed.done()
 
-    def _send_worker(self, data: bytes) -> None:
+    def _send_worker(self, data: bytes | memoryview) -> None:
         try:
             if data:
                 self.to_worker.send(data)

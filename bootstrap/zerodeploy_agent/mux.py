@@ -22,14 +22,14 @@ class ChannelState:
     def __init__(self, number: int) -> None:
         self.number = number
         self.credit = WINDOW_BYTES
-        self.chunks: list[bytes] = []
+        self.chunks: list[bytes | memoryview] = []
         self.held = 0
         self.taken = 0  # consumed since the last grant
         self.ended = False  # the peer sent EOF
         self.finished = False  # we sent EOF
         self.reset: str | None = None
 
-    def feed(self, kind: int, payload: bytes) -> None:
+    def feed(self, kind: int, payload: bytes | memoryview) -> None:
         """Take in one frame of this channel. Raises `ChannelError` when the peer exceeds its window."""
         if self.reset is not None:
             return
@@ -47,17 +47,22 @@ class ChannelState:
         elif kind == frames.EOF:
             self.ended = True
         elif kind == frames.RESET:
-            self.reset = payload.decode("utf-8", "replace") or "reset by the peer"
+            self.reset = bytes(payload).decode("utf-8", "replace") or "reset by the peer"
 
     def take(self, limit: int) -> tuple[bytes, bytes]:
         """Up to *limit* bytes of what was received, and the frames to send because of it."""
+        taken, answer = self.take_chunks(limit)
+        return b"".join(taken), answer
+
+    def take_chunks(self, limit: int) -> tuple[list[bytes | memoryview], bytes]:
+        """`take`, without joining what came."""
         if not self.chunks:
-            return b"", b""
+            return [], b""
+        size = 0
+        taken: list[bytes | memoryview] = []
         if self.held <= limit:
-            data = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
-            self.chunks = []
+            size, taken, self.chunks = self.held, self.chunks, taken
         else:
-            taken, size = [], 0
             while size < limit:
                 chunk = self.chunks[0]
                 if size + len(chunk) <= limit:
@@ -67,13 +72,12 @@ class ChannelState:
                     taken.append(chunk[: limit - size])
                     self.chunks[0] = chunk[limit - size :]
                     size = limit
-            data = b"".join(taken)
-        self.held -= len(data)
-        self.taken += len(data)
+        self.held -= size
+        self.taken += size
         if self.taken < GRANT_BYTES or self.ended:
-            return data, b""
+            return taken, b""
         grant, self.taken = self.taken, 0
-        return data, frames.encode(self.number, frames.WINDOW, _U32.pack(grant))
+        return taken, frames.encode(self.number, frames.WINDOW, _U32.pack(grant))
 
     def spend(self, wanted: int) -> int:
         """How many of *wanted* bytes may be sent now; they count as sent. Raises `ChannelError` after a reset."""

@@ -198,7 +198,7 @@ class Worker:
                 self._decoder.feed(data)
                 continue
             number, kind, payload = frame
-            if number != WORKER_CHANNEL:
+            if number != WORKER_CHANNEL or type(payload) is not bytes:
                 try:
                     if self._channels is not None:
                         self._channels.deliver(number, kind, payload)

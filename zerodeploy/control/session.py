@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from zerodeploy_agent import PROTOCOL, control, frames, hello, messages, plain
 from zerodeploy_agent.frames import ChannelError
-from zerodeploy_agent.messages import KEEPER_CHANNEL, STDERR_CHANNEL, STDOUT_CHANNEL, WORKER_CHANNEL, Message
+from zerodeploy_agent.messages import KEEPER_CHANNEL, STDOUT_CHANNEL, WORKER_CHANNEL, Message
 from zerodeploy_agent.streams import Channels
 
 from zerodeploy.control import bootstrap
@@ -324,17 +324,17 @@ class Session:
             return b""
         return rest
 
-    def _on_frame(self, number: int, kind: int, payload: bytes) -> None:
+    def _on_frame(self, number: int, kind: int, payload: bytes | memoryview) -> None:
+        if number >= frames.VIEWS_FROM:
+            self.channels.deliver(number, kind, payload)
+            return
+        assert type(payload) is bytes  # Decoder's word for these channels
         if number == WORKER_CHANNEL:
             self._on_worker(messages.load(payload))
         elif number == KEEPER_CHANNEL:
             self._on_keeper(messages.load(payload))
-        elif number == STDOUT_CHANNEL:
-            self.output.put("stdout", payload)
-        elif number == STDERR_CHANNEL:
-            self.output.put("stderr", payload)
         else:
-            self.channels.deliver(number, kind, payload)
+            self.output.put("stdout" if number == STDOUT_CHANNEL else "stderr", payload)
 
     def _on_worker(self, message: Message) -> None:
         fields = vars(message)
