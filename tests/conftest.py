@@ -28,6 +28,16 @@ PYTHONS = {
 }
 
 
+# under nohup, or started in the background, signals are ignored, and would be by every program that a test starts
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
+
+
 def can_or_skip(able: bool, reason: str) -> None:
     """Skip with *reason* unless *able*; on CI, where everything is there, a skip is a failure."""
     if not able:

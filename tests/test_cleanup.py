@@ -227,6 +227,33 @@ def test_keeper_killed(sshd):
         server.close()
 
 
+def hog_the_interpreter():
+    while True:
+        sum(range(10**9))
+
+
+@pytest.mark.parametrize("worker_too", [False, True], ids=["worker hogs", "worker dies too"])
+def test_keeper_killed_and_the_worker_can_not_take_over(sshd, worker_too):
+    with DeployedServer(ssh_link(sshd)) as server:
+        traces = Traces(server)
+        server.call(start_children)
+        thread = threading.Thread(target=lambda: pytest.raises(zerodeploy.LinkLost, server.call, hog_the_interpreter))
+        thread.start()
+        wait_until(lambda: heirs_of(traces), 5, "the keeper's heir is there")
+        if worker_too:
+            os.kill(traces.keeper, signal.SIGSTOP)
+            kill(traces.worker)
+        kill(traces.keeper)
+        traces.assert_gone(1 + SLACK_S)
+        thread.join(10)
+
+
+def heirs_of(traces: Traces) -> list[int]:
+    """The keeper's children that hold one descriptor only; orphans that it has adopted hold more."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(traces.keeper)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in children.split() if len(os.listdir(f"/proc/{pid}/fd")) == 1]
+
+
 def test_worker_killed_tells_signal_and_last_stderr(sshd):
     server = DeployedServer(ssh_link(sshd), on_output=lambda stream, data: None)
     traces = Traces(server)
@@ -335,9 +362,10 @@ def test_both_killed_is_swept_by_the_next_deployment(deploy):
     server = deploy()
     server.call(start_children)
     traces = Traces(server)
+    wait_until(lambda: heirs_of(traces), 5, "the keeper's heir is there")
     os.kill(traces.keeper, signal.SIGSTOP)  # so that it can't clean up after the worker
-    kill(traces.worker)
-    kill(traces.keeper)
+    for pid in (*heirs_of(traces), traces.worker, traces.keeper):
+        kill(pid)
     with pytest.raises(zerodeploy.LinkLost):
         server.call("os:getpid")
     assert os.path.isdir(traces.private_dir)

@@ -8,6 +8,7 @@ import stat
 import time
 
 UNDO = "undo-"  # links of this name in the private dir lead to half-written files elsewhere
+_HEIR_WAITS_S = 0.2  # for the worker, which mostly notices by itself
 MARK = "ZERODEPLOY_SESSION"  # in the environment of every process of a session, from its first shell on
 
 
@@ -145,6 +146,37 @@ def _undo(path: str) -> None:
                     os.unlink(target)
             except OSError:
                 pass
+
+
+def post_heir(session: str, private_dir: str, worker: int) -> int:
+    """Fork a process that does the keeper's last work if the keeper is killed and the worker is too busy, or gone, to do it.
+
+    The descriptor returned has to be kept open. The heir knows nothing but how to wait for its end; the keeper's own
+    clean-up ends it as it ends every process of the session.
+    """
+    read, write = os.pipe()
+    try:
+        pid = os.fork()
+    except OSError:  # no process left for us: the next deployment's sweep has to do
+        os.close(read)
+        return write
+    if pid:
+        os.close(read)
+        return write
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        os.closerange(0, read)
+        os.closerange(read + 1, 1024)
+        os.read(read, 1)
+        time.sleep(_HEIR_WAITS_S)
+        # descendants of the worker too, should they have dropped the mark; a pid without it may be anybody's by now
+        end_processes(session, {worker} & members(session, set()), set(), 0)
+        remove_private_dir(private_dir)
+    finally:
+        os._exit(0)
 
 
 def sweep(parent: str) -> list[str]:

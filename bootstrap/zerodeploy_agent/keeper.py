@@ -141,6 +141,7 @@ class Keeper:
         self.deadline = time.monotonic() + self.limit
         self.exits: dict[int, int] = {}
         self.grace = 0.0
+        self.heir = -1  # a descriptor that nothing is written to: its end tells the heir of ours
         self.adopting = False
         self.session: messages.Message | None = None  # until it was answered
         self.settled = False  # the chores that may wait until the first answer have been done
@@ -242,6 +243,7 @@ class Keeper:
     def _settle(self) -> None:
         self.settled = True
         cleanup.sweep(os.path.dirname(self.private_dir))
+        self.heir = cleanup.post_heir(self.marker, self.private_dir, self.worker)
 
     def _read_client(self) -> None:
         feed = self.from_client
