@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import zerodeploy
-from zerodeploy import errors
+from zerodeploy import DeployedServer, errors
 from zerodeploy.control import bootstrap
 from zerodeploy.deployment.info import platform_tags
 from zerodeploy.errors import (
@@ -371,3 +371,29 @@ def test_a_remote_error_carries_the_original():
 
 def test_exported():
     assert all(getattr(zerodeploy, name) is getattr(errors, name) for name in errors.__all__)
+
+
+@pytest.mark.parametrize(
+    "options", [["-o", "ControlMaster=no"], ["-o", "ControlPath=/nowhere/%C"], ["-S", "none"], ["-S/nowhere/x"]]
+)
+def test_a_control_socket_of_the_user_s_does_not_keep_ours_away(sshd, options):
+    from plumbum import SshMachine
+
+    with SshMachine(sshd.alias, ssh_opts=["-F", str(sshd.config), *options]) as machine, DeployedServer(machine) as server:
+        assert server.classic_connect().modules.os.getpid() == server.info.pid
+        assert server.info.transport == "tunnel"
+
+
+def test_a_live_master_of_the_user_s_is_used(sshd, room):
+    """Who logs in with a second factor has one open, and can't log in again."""
+    from plumbum import SshMachine
+
+    options = ["-F", str(sshd.config), "-o", f"ControlPath={room}/cm", "-o", "ControlMaster=auto"]
+    with SshMachine(sshd.alias, ssh_opts=options) as machine:
+        logins = sshd.logins()
+        with DeployedServer(machine) as server:
+            with pytest.warns(zerodeploy.ForwardingRefusedWarning, match="control socket"):
+                assert server.classic_connect().modules.os.getpid() == server.info.pid
+            assert server.info.transport == "stdio"
+        assert sshd.logins() == logins
+        assert machine["true"]() == ""

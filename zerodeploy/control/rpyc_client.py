@@ -205,6 +205,8 @@ class Connector:
         where = self._where()
         running: Any = self._session.running
         if where is None:
+            if self.transport == "unix":
+                raise ForwardingRefused("this kind of link forwards no unix sockets")
             sock: socket.socket = running.connect_port(vars(self._session.wait_live())["port"])
             return sock
         limit_s = self._session.options.connect_timeout

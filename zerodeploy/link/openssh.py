@@ -104,11 +104,11 @@ class OpenSSHLink(Link):
 
     def start(self, script: str, *, connect_timeout_s: float) -> Running:
         control = _control_path()
-        argv = [*self._argv, "-T", "-x"]
+        master = ["-o", "ControlMaster=yes", "-o", f"ControlPath={control}", "-o", "ControlPersist=no"]
+        argv = [*self._with_master(master), "-T", "-x"]
         if self._batch:
             argv += ["-o", "BatchMode=yes"]
-        argv += ["-o", f"ConnectTimeout={max(1, int(connect_timeout_s))}", "-o", "ControlMaster=yes",
-                 "-o", f"ControlPath={control}", "-o", "ControlPersist=no", "-o", "LogLevel=ERROR",
+        argv += ["-o", f"ConnectTimeout={max(1, int(connect_timeout_s))}", "-o", "LogLevel=ERROR",
                  "-o", "RemoteCommand=none", "-o", "PermitLocalCommand=no"]  # fmt: skip
         argv += [*self._options, "--", self.destination, login_shell_line(script)]
         try:
@@ -117,6 +117,10 @@ class OpenSSHLink(Link):
             raise self.unreachable(f"there is no {self._argv[0]!r} command on this machine; install an OpenSSH client") from None
         except OSError as error:
             raise self.unreachable(f"{self._argv[0]!r} could not be started: {error}") from error
+
+    def _with_master(self, options: list[str]) -> list[str]:
+        """The user's command and *options*, which make ssh a master with a control socket of ours."""
+        return [*self._argv, *options]
 
     def explain(self, status: int | None, stderr: str, waited_s: float) -> ZeroDeployError | None:
         return classify(stderr, host=self.label, target=self.destination, waited_s=waited_s)

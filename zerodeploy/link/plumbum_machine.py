@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from zerodeploy.errors import ForwardingRefused, UsageError
 from zerodeploy.link.base import Link, Running, login_shell_line
 from zerodeploy.link.openssh import OpenSSHLink
+
+_CHECK_LIMIT_S = 5.0
 
 __all__ = ["ParamikoLink", "SshMachineLink", "is_plumbum", "refuse"]
 
@@ -34,6 +37,22 @@ class SshMachineLink(OpenSSHLink):
         if "-p" in self._argv[:2] and self._batch is False:
             return self._start_with_password(script, connect_timeout_s)
         return super().start(script, connect_timeout_s=connect_timeout_s)
+
+    def _with_master(self, options: list[str]) -> list[str]:
+        """Ours before a control socket of the user's, which would win: our forwards need one of their own.
+
+        Not when a master of theirs lives there: then ssh goes through it, without a login, and forwards are refused.
+        """
+        place = 1 if self._batch else 4  # behind ssh, or behind sshpass -p … ssh
+        theirs = self._argv[place:]
+        if not any(word.startswith("-S") or "control" in word.lower() for word in theirs):
+            return [*self._argv, *options]
+        check = [*self._argv[place - 1 :], "-O", "check", self.destination]
+        alive = subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=_CHECK_LIMIT_S, check=False)
+        if alive.returncode == 0:
+            return [*self._argv, *options]
+        kept = [word for at, word in enumerate(theirs) if not word.startswith("-S") and (at == 0 or theirs[at - 1] != "-S")]
+        return [*self._argv[:place], *options, *kept]
 
     def _start_with_password(self, script: str, connect_timeout_s: float) -> Running:
         """sshpass with the password on a pipe: plumbum has it in argv, where every user of this machine reads it."""
