@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import os
+import pwd
 import shutil
 import socket
 import stat
@@ -159,6 +160,8 @@ def test_interpreter_given_as_plumbum_command_or_words(sshd):
 
 @contextlib.contextmanager
 def home_file(sshd: SshServer, name: str, text: str):
+    shell = pwd.getpwuid(os.getuid()).pw_shell
+    can_or_skip(name != ".bashrc" or shell.endswith("bash"), f"the login shell is {shell}, which reads no .bashrc")
     path = sshd.home / name
     path.write_text(text)
     try:
