@@ -21,6 +21,7 @@ import zerodeploy
 from tests.conftest import can_or_skip, python_or_skip
 from zerodeploy.control import bootstrap
 from zerodeploy.payload import agent as payload
+from zerodeploy.payload import built
 
 NEAR = ["3.10", "3.11", "3.12", "3.13"]
 FAR = ["3.8", "3.9", *NEAR]
@@ -301,3 +302,69 @@ def test_first_stage_is_one_shell_word():
     assert stage.isascii() and all(c.isalnum() or c in "+/=" for c in stage)
     source = zlib.decompress(__import__("base64").b64decode(stage))
     compile(source, "stage0", "exec", dont_inherit=True)
+
+
+# what is built is kept for the next process
+
+KEEPING = """
+import sys
+sys.dont_write_bytecode = False
+sys.pycache_prefix = sys.argv[1]
+from zerodeploy.payload import agent, built
+calls = []
+real = agent.agent
+agent.agent = lambda: calls.append(1) or real()
+one = built.built()
+stage, wire, late = one.stage, one.wire, one.late()
+one.keep()
+assert (stage, wire, late) == (agent.first_stage(), real().wire, agent.late_part())
+print(len(calls), built._path())
+"""
+
+
+def kept_by_a_process(place: Path) -> tuple[int, Path]:
+    """How often a process that keeps below *place* had to build, and where it keeps."""
+    done = subprocess.run([sys.executable, "-c", KEEPING, str(place)], capture_output=True, text=True, check=True)
+    built, path = done.stdout.split()
+    return int(built), Path(path)
+
+
+def test_the_second_process_builds_nothing(tmp_path):
+    (first, path), (second, _) = kept_by_a_process(tmp_path), kept_by_a_process(tmp_path)
+    assert (first, second) == (1, 0)
+    assert tmp_path in path.parents and path.stat().st_mode & 0o777 == 0o644
+    assert [one.name for one in path.parent.iterdir() if not one.name.endswith(".pyc")] == [path.name]
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1], lambda data: data[:9] + b"x" + data[10:],
+                                    lambda data: data[:-9] + b"x" + data[-8:]])  # fmt: skip
+def test_what_is_stale_or_damaged_is_built_again(tmp_path, damage):
+    _, path = kept_by_a_process(tmp_path)
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    assert kept_by_a_process(tmp_path)[0] == 1
+    assert path.read_bytes() == good
+    assert kept_by_a_process(tmp_path)[0] == 0
+
+
+def test_every_source_counts(monkeypatch, tmp_path):
+    key = built._key()
+    assert built._key() == key
+    for path in payload.sources():
+        assert path.is_file()
+    copy = tmp_path / "x.py"
+    copy.write_text("1\n")
+    monkeypatch.setattr(payload, "sources", lambda: [copy])
+    first = built._key()
+    os.utime(copy, ns=(1, 1))
+    assert built._key() != first != key
+
+
+def test_nowhere_to_keep_it(tmp_path, monkeypatch):
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    monkeypatch.setattr(sys, "pycache_prefix", str(occupied))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    made = built.Built(built._path(), built._key())
+    made.keep()
+    assert made.wire == payload.agent().wire and occupied.read_text() == ""

@@ -211,6 +211,8 @@ class DelayProxy:
         self._open |= {writer, far_writer}
         try:
             await asyncio.gather(self._pump(reader, far_writer, True), self._pump(far_reader, writer, False))
+        except asyncio.CancelledError:
+            pass  # by close; asyncio's streams would print it
         finally:
             for end in (writer, far_writer):
                 self._open.discard(end)

@@ -186,7 +186,10 @@ def echo_once(connection: socket.socket) -> None:
 def bulk_service(connection: socket.socket) -> None:
     """First byte: u to be sent SIZE bytes (answered with one byte), d to send them."""
     with connection:
-        if connection.recv(1) == b"u":
+        wanted = connection.recv(1)
+        if not wanted:
+            return  # somebody looked whether it listens
+        if wanted == b"u":
             left = SIZE
             while left:
                 left -= len(connection.recv(min(left, 1 << 20)))

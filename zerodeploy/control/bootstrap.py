@@ -18,7 +18,7 @@ from zerodeploy.errors import (
 )
 from zerodeploy.link.base import Link
 from zerodeploy.link.failures import tail
-from zerodeploy.payload.agent import first_stage
+from zerodeploy.payload.built import built
 
 __all__ = ["NO_PYTHON", "script", "stage_error", "start_error"]
 
@@ -40,7 +40,7 @@ def script(marker: str, *, python: Sequence[str] | None, tmpdir: str | None, tra
     # $ARGS below: marker, seconds, temp dir, transport
     wanted = tmpdir.encode("utf-8").hex() if tmpdir else "-"
     args = f"{marker} {payload_limit_s:.1f} {wanted} {transport}"
-    head = f'ZERODEPLOY_SESSION={marker};export ZERODEPLOY_SESSION;S={first_stage()};B="{_BOOT}";'
+    head = f'ZERODEPLOY_SESSION={marker};export ZERODEPLOY_SESSION;S={built().stage};B="{_BOOT}";'
     if python is not None:
         words = " ".join(_double_quote(word) for word in python)
         return f'{head}exec {words} -c "$B" "$S" {args} {_double_quote(python[-1])}'

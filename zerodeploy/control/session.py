@@ -25,7 +25,7 @@ from zerodeploy.control.replies import Reply
 from zerodeploy.errors import AgentDidNotStart, LinkLost, ProtocolError, WorkerDied, ZeroDeployError
 from zerodeploy.link.base import Link, Running
 from zerodeploy.link.failures import tail
-from zerodeploy.payload.agent import agent, late_part
+from zerodeploy.payload.built import built
 
 __all__ = ["Session", "SessionOptions"]
 
@@ -108,6 +108,7 @@ class Session:
             self.reader.start()
             with contextlib.suppress(OSError):  # the reading thread knows better why
                 self._send_opening()
+                built().keep()
             self._greeted.wait(options.connect_timeout)
         except TimeoutError:
             # told by what is known now; the connection is ended, so the far side sees its end as well
@@ -136,7 +137,7 @@ class Session:
         level = logging.getLogger(f"zerodeploy.remote.{self.host}").getEffectiveLevel()
         setup = messages.Setup(token=self.token.hex(), log_level=level, **options.setup)
         self._outbox.send(
-            agent().wire,
+            built().wire,
             frames.encode(KEEPER_CHANNEL, frames.CONTROL, messages.dump(session)),
             frames.encode(WORKER_CHANNEL, frames.CONTROL, messages.dump(setup)),
         )
@@ -253,7 +254,7 @@ class Session:
             self._late_sent = True
         request, number, _ = self.next_request()
         self.finish(request)
-        body, segments = plain.pack(late_part(), "part", number)
+        body, segments = plain.pack(built().late(), "part", number)
         self.send_body(messages.Part(id=request, body=body), number, segments)
 
     def _check(self) -> None:

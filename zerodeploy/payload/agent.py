@@ -15,13 +15,14 @@ import hashlib
 import importlib.util
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from zerodeploy.errors import PayloadError
 from zerodeploy.payload.syntax import parse
 
-__all__ = ["Agent", "agent", "first_stage", "late_part", "zipapp"]
+__all__ = ["Agent", "agent", "first_stage", "late_part", "sources", "zipapp"]
 
 # rpyc's core goes with the agent
 _RPYC_FILES = (
@@ -86,7 +87,9 @@ def strip(source: bytes) -> bytes:
     blank: set[int] = set()
     kept: set[int] = set()  # lines inside strings: a "#" there is no comment
     cuts: list[tuple[int, int, int, str]] = []  # line, from, to, what instead
-    for node in ast.walk(parse(text)):
+    hints = 0  # annotations; those that can't be cut stay
+    for node in _nodes(parse(text)):
+        hints += isinstance(node, ast.AnnAssign) or bool(getattr(node, "annotation", None) or getattr(node, "returns", None))
         match node:
             case ast.Constant(value=str() | bytes()) | ast.JoinedStr() if node.end_lineno and node.end_lineno > node.lineno:
                 kept.update(range(node.lineno + 1, node.end_lineno + 1))
@@ -115,16 +118,22 @@ def strip(source: bytes) -> bytes:
                 bare = bare[: bare.index("#")].rstrip() + "\n"
             lines[number - 1] = " " * (indent // 4 if indent % 4 == 0 else indent) + bare
     stripped = "".join(lines)
-    if not _has_annotations(stripped):
+    if len(cuts) == hints:
         stripped = stripped.replace("from __future__ import annotations\n", "\n", 1)  # a module to load, for nothing
     return stripped.encode("utf-8")
 
 
-def _has_annotations(text: str) -> bool:
-    for node in ast.walk(parse(text)):
-        if isinstance(node, ast.AnnAssign) or getattr(node, "annotation", None) or getattr(node, "returns", None):
-            return True
-    return False
+def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """`ast.walk` in another order and a third of its time."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        yield node
+        for value in vars(node).values():
+            if type(value) is list:
+                todo += [item for item in value if isinstance(item, ast.AST)]
+            elif isinstance(value, ast.AST) and not isinstance(value, ast.expr_context):
+                todo.append(value)
 
 
 def _cut(lines: list[str], number: int, start: int, hint: ast.expr) -> list[tuple[int, int, int, str]]:
@@ -146,6 +155,12 @@ def _base() -> dict[str, bytes]:
 def late_part() -> dict[str, bytes]:
     """What only some sessions need; it follows over the link, before the first request that needs it."""
     return {**_agent(late=True), **_rpyc(_RPYC_LATE)}
+
+
+def sources() -> list[Path]:
+    """Every file that the agent is made of, and this one."""
+    rpyc = _locate("rpyc")
+    return [Path(__file__), *sorted(_locate("zerodeploy_agent").glob("*.py")), *(rpyc / name for name in _RPYC_FILES + _RPYC_LATE)]
 
 
 def _agent(*, late: bool) -> dict[str, bytes]:
@@ -171,7 +186,7 @@ def _rpyc(names: tuple[str, ...]) -> dict[str, bytes]:
 def _prune(source: bytes, names: tuple[str, ...]) -> bytes:
     """*source* without the classes and functions *names*, which may end with ``*``; every line keeps its number."""
     lines = source.decode("utf-8").splitlines(keepends=True)
-    for node in ast.walk(parse(source)) if names else ():
+    for node in _nodes(parse(source)) if names else ():
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and any(fnmatch.fnmatchcase(node.name, name) for name in names):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             lines[first - 1 : node.end_lineno] = ["\n"] * ((node.end_lineno or 0) - first + 1)
