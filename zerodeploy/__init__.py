@@ -9,15 +9,17 @@ from zerodeploy.errors import __all__ as _errors
 
 if TYPE_CHECKING:
     from zerodeploy.deployment.info import ServerInfo as ServerInfo
+    from zerodeploy.deployment.multi import MultiServerDeployment as MultiServerDeployment
     from zerodeploy.deployment.server import DeployedServer as DeployedServer
     from zerodeploy.link.command import CommandLink as CommandLink
 
 __version__ = "0.1.0"
-__all__ = sorted(["CommandLink", "DeployedServer", "ServerInfo", *_errors])
+__all__ = sorted(["CommandLink", "DeployedServer", "MultiServerDeployment", "ServerInfo", *_errors])
 
 _HOMES = {
     "CommandLink": "zerodeploy.link.command",
     "DeployedServer": "zerodeploy.deployment.server",
+    "MultiServerDeployment": "zerodeploy.deployment.multi",
     "ServerInfo": "zerodeploy.deployment.info",
 }
 
@@ -28,7 +30,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'zerodeploy' has no attribute {name!r}")
     import importlib
 
-    if name == "DeployedServer":
+    if name in ("DeployedServer", "MultiServerDeployment"):
         # a program that uses the class will connect: rpyc's import must not count into its first connection. The
         # command line imports the module itself and does without
         importlib.import_module("zerodeploy.control.rpyc_client")

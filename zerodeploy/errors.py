@@ -22,6 +22,8 @@
      +- RemoteCallError            remote code raised; also an instance of the builtin exception that it raised
      +- PayloadError               what was to be shipped can't be
      |   +- NotShippable           a function or value that can't travel, and the way out
+     +- ClusterError               hosts of a MultiServerDeployment did not start, each with its own cause
+     +- MapError                   items of a map that have no value
      +- UsageError (also ValueError)  an argument that makes no sense
 
 A message says which host, what was expected, what was seen and what to do. All survive pickling.
@@ -33,10 +35,30 @@ import builtins
 from typing import Any
 
 __all__ = [
-    "AgentDidNotStart", "AuthenticationFailed", "BootstrapError", "ForwardingRefused", "ForwardingRefusedWarning",
-    "HostError", "HostKeyError", "HostKeyMismatch", "HostKeyUnknown", "HostUnreachable", "LinkLost", "NoSpace",
-    "NotShippable", "PayloadError", "ProtocolError", "PythonNotFound", "PythonTooOld", "RemoteCallError",
-    "TempDirUnusable", "UsageError", "WorkerDied", "ZeroDeployError",
+    "AgentDidNotStart",
+    "AuthenticationFailed",
+    "BootstrapError",
+    "ClusterError",
+    "ForwardingRefused",
+    "ForwardingRefusedWarning",
+    "HostError",
+    "HostKeyError",
+    "HostKeyMismatch",
+    "HostKeyUnknown",
+    "HostUnreachable",
+    "LinkLost",
+    "MapError",
+    "NoSpace",
+    "NotShippable",
+    "PayloadError",
+    "ProtocolError",
+    "PythonNotFound",
+    "PythonTooOld",
+    "RemoteCallError",
+    "TempDirUnusable",
+    "UsageError",
+    "WorkerDied",
+    "ZeroDeployError",
 ]  # fmt: skip
 
 
@@ -58,6 +80,24 @@ class ZeroDeployError(Exception):
 
 def _rebuild(cls: type[ZeroDeployError], message: str, details: dict[str, object]) -> ZeroDeployError:
     return cls(message, **details)  # type: ignore[arg-type]
+
+
+class ClusterError(ZeroDeployError):
+    """Some hosts of a deployment on many did not start. ``errors`` maps each to its own error, in the order given."""
+
+    errors: dict[str, Exception] = {}
+
+
+class MapError(ZeroDeployError):
+    """Items of a `map` that no host gave a value for.
+
+    ``errors`` maps the index of each such item to its last error, ``hosts`` to the host it was last tried on, and
+    ``values`` holds every value that did arrive, by index.
+    """
+
+    errors: dict[int, Exception] = {}
+    hosts: dict[int, str] = {}
+    values: dict[int, object] = {}
 
 
 class UsageError(ZeroDeployError, ValueError):

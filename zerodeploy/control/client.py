@@ -66,6 +66,21 @@ class Client:
         finally:
             session.finish(request)
 
+    def begin(self, function: Callable[..., object] | str, args: Sequence[object], kwargs: Mapping[str, object]) -> PendingCall:
+        """`call` without waiting for the answer."""
+        target = functions.prepare(function)
+        args, kwargs = (*target.args, *args), {**target.kwargs, **kwargs}
+        request, number, reply = self.session.next_request()
+        try:
+            body, segments = self._pack_arguments(args, kwargs, number) if args or kwargs else (None, [])
+            key = self._ship(target.shipment)
+            call = messages.Call(id=request, target=target.name, source=key, body=body, flags=[])
+            self.session.send_body(call, number, segments)
+        except BaseException:
+            self.session.finish(request)
+            raise
+        return PendingCall(self, request, number, reply)
+
     def _bare_call(self, target: functions.Target, timeout_s: float | None) -> Any:
         """A call without arguments, on the shortest way."""
         session = self.session
@@ -292,6 +307,26 @@ class Client:
         finally:
             if temporary:
                 os.unlink(temporary)
+
+
+class PendingCall:
+    """A call whose answer is on its way. `value` or `drop` has to be called in the end."""
+
+    def __init__(self, client: Client, request: int, number: int, reply: Reply) -> None:
+        self._client, self._request, self._number = client, request, number
+        self.reply = reply
+
+    def value(self) -> Any:
+        """What the call returned. Raises as `Client.call` does; waits for the answer."""
+        try:
+            return self._client._result(self._request, self._number, self.reply, None)
+        finally:
+            self._client.session.finish(self._request)
+
+    def drop(self) -> None:
+        """Nobody waits for it any more: the host is told to stop it."""
+        self._client._cancel(self._request)
+        self._client.session.finish(self._request)
 
 
 class RemoteProcess:

@@ -11,10 +11,10 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from zerodeploy.control.client import Client, RemoteProcess, run
+from zerodeploy.control.client import Client, PendingCall, RemoteProcess, run
 from zerodeploy.control.session import Session, SessionOptions
 from zerodeploy.deployment.info import ServerInfo, platform_tags
-from zerodeploy.errors import LinkLost, UsageError
+from zerodeploy.errors import LinkLost, UsageError, ZeroDeployError
 from zerodeploy.link.base import Link
 from zerodeploy.link.resolve import resolve
 
@@ -126,6 +126,29 @@ class DeployedServer:
         return self._session is None or self._session.error is not None
 
     @property
+    def lost(self) -> ZeroDeployError | None:
+        """Why it is over, or None while it is open."""
+        return None if self._session is None else self._session.error
+
+    @property
+    def summary(self) -> str:
+        """What is known of the host without asking it: Python, private directory, seconds of the login."""
+        greeting = None if self._session is None else self._session.greeting
+        if greeting is None or self._session is None:
+            return "starting"
+        known = vars(greeting)
+        return f"Python {known['python']}, {known['private_dir']}, login {self._session.phases.get('login', 0.0):.2f} s"
+
+    def _repr_html_(self) -> str:
+        """What is known; asks nobody."""
+        from html import escape
+
+        state = "open" if not self.closed else f"closed: {self.lost}"
+        host = self._session.host if self._session is not None else "?"
+        cells = "".join(f"<td>{escape(text)}</td>" for text in (host, state, self.summary))
+        return f"<table><tr><th>host</th><th>status</th><th>what</th></tr><tr>{cells}</tr></table>"
+
+    @property
     def proc(self) -> Any:
         """The local process that carries the link (`subprocess.Popen`), or paramiko's channel."""
         running = self._live_session.running
@@ -180,6 +203,10 @@ class DeployedServer:
         """`call` with options: *timeout* in seconds (`TimeoutError`; the call is interrupted), *pickle_args* to send the
         arguments as a pickle, which the host loads."""
         return self._client_now.call(function, args, kwargs or {}, timeout_s=timeout, pickle_args=pickle_args)
+
+    def begin_call(self, function: Callable[..., Any] | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PendingCall:
+        """`call` without waiting; the answer's `value` has to be taken, or dropped."""
+        return self._client_now.begin(function, args, kwargs)
 
     def run(self, argv: Sequence[str | os.PathLike[str]], input: str | bytes | None = None, text: bool = False,
             check: bool = False, timeout: float | None = None, env: Mapping[str, str] | None = None,

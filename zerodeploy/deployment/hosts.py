@@ -1,0 +1,236 @@
+"""Host sets: from what a user writes to a list of hosts, all of it checked before anything is contacted.
+
+A host set is a host, or a list of hosts and host sets:
+
+- what `DeployedServer` takes: a string, a plumbum machine, a Link
+- a string with ranges: ``web[01-16].example.org``, ``rack[1-3]n[1,2,7-9]``
+- ``@hosts.txt``: a file with one host or range per line, ``#`` begins a comment
+- ``@hosts.yaml`` or ``@hosts.yaml:web,db``: an inventory, or groups of it
+
+An inventory::
+
+    defaults: {user: me, keyfile: ~/.ssh/cluster}
+    groups:
+      web:
+        hosts: ["web[1-3]", {host: web9, port: 2222}]
+        jump: bastion
+      db:
+        hosts: [db1]
+        python: /opt/python3.12/bin/python3
+
+The options are ``user``, ``port``, ``keyfile``, ``python``, ``transport`` and ``jump`` (ssh's ProxyJump); a host's own win
+over its group's, and those over the defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zerodeploy.errors import UsageError
+from zerodeploy.link.base import Link
+from zerodeploy.link.openssh import OpenSSHLink, parse_target
+from zerodeploy.link.resolve import resolve
+
+__all__ = ["HostSpec", "host_set"]
+
+_MOST_HOSTS = 10_000  # of one range: more is a typo
+_RANGE = re.compile(r"\[(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\]")
+_OPTIONS: dict[str, type | tuple[type, ...]] = {
+    "user": str, "port": int, "keyfile": str, "python": str, "transport": str, "jump": str,
+}  # fmt: skip
+_TRANSPORTS = ("tunnel", "stdio", "unix")
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """One host of a set. ``name`` is what results call it; ``options`` are keywords for `DeployedServer`."""
+
+    name: str
+    target: object
+    ssh_options: tuple[str, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+    group: str = ""
+
+    def link(self) -> Link:
+        """A new Link to it. Contacts nothing."""
+        if isinstance(self.target, str):
+            return OpenSSHLink.to(self.target, ssh_options=self.ssh_options)
+        return resolve(self.target)
+
+
+def host_set(hosts: object, *, allow_duplicates: bool = False) -> list[HostSpec]:
+    """The hosts of a set, in the order given.
+
+    Raises:
+        UsageError: a host that is none, a range or file with a mistake, a host that is there twice; all mistakes of one
+            kind are told at once. Nothing was contacted.
+    """
+    specs = list(_expand(hosts))
+    if not specs:
+        raise UsageError("the host set is empty")
+    twice = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
+    if twice and not allow_duplicates:
+        raise UsageError(f"{_some(twice)} given more than once; pass allow_duplicates=True where that is meant")
+    wrong: list[str] = []
+    for spec in specs:
+        try:
+            spec.link()
+        except UsageError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UsageError("; ".join(wrong[:20]) + (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""))
+    return specs
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _expand(hosts: object) -> Iterable[HostSpec]:
+    if isinstance(hosts, HostSpec):
+        yield hosts
+    elif isinstance(hosts, str):
+        if hosts.startswith("@"):
+            yield from _from_file(hosts[1:])
+        else:
+            for name in _range(hosts):
+                yield HostSpec(name, name)
+    elif isinstance(hosts, Iterable) and not isinstance(hosts, Link | bytes | Mapping) and not hasattr(hosts, "session"):
+        for one in hosts:
+            yield from _expand(one)
+    else:
+        resolve(hosts)  # refuses what is no host
+        yield HostSpec(hosts.label if isinstance(hosts, Link) else str(hosts), hosts)
+
+
+def _range(text: str) -> list[str]:
+    """*text* with its ranges written out, the last one fastest."""
+    names = [""]
+    at = 0
+    for found in _RANGE.finditer(text):
+        between = text[at : found.start()]
+        names = [name + between + number for name in names for number in _numbers(found[1], text)]
+        if len(names) > _MOST_HOSTS:
+            raise UsageError(f"{text!r} means more than {_MOST_HOSTS} hosts")
+        at = found.end()
+    rest = text[at:]
+    if ("[" in rest or "]" in rest) and ":" not in rest:  # [::1]:22 is an address
+        raise UsageError(f"{text!r}: a range is [1-9], [01-16] or [1,3,5-7]")
+    return [name + rest for name in names]
+
+
+def _numbers(text: str, whole: str) -> list[str]:
+    numbers: list[str] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not dash:
+            numbers.append(first)
+            continue
+        if int(last) < int(first):
+            raise UsageError(f"{whole!r}: the range {part} goes down")
+        if int(last) - int(first) >= _MOST_HOSTS:
+            raise UsageError(f"{whole!r} means more than {_MOST_HOSTS} hosts")
+        if len(first) != len(last) and first.startswith("0") and first != "0":
+            raise UsageError(f"{whole!r}: {part} has ends of different width")
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return numbers
+
+
+def _from_file(path: str) -> Iterable[HostSpec]:
+    name, groups = path, ""
+    if not os.path.exists(path) and ":" in path:
+        name, _, groups = path.rpartition(":")
+    try:
+        text = Path(name).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the host file {name!r} can't be read: {error}") from None
+    if name.endswith((".yaml", ".yml")):
+        yield from _inventory(name, text, [group.strip() for group in groups.split(",")] if groups else [])
+        return
+    if groups:
+        raise UsageError(f"{name!r} has no groups: only a YAML inventory (.yaml) has")
+    for number, line in enumerate(text.splitlines(), 1):
+        host = line.split("#", 1)[0].strip()
+        if not host:
+            continue
+        if host.startswith("@"):
+            raise UsageError(f"{name}:{number}: a host file names hosts, not further files")
+        try:
+            parse_target(_range(host)[0])
+            yield from _expand(host)
+        except UsageError as error:
+            raise UsageError(f"{name}:{number}: {error}") from None
+
+
+def _inventory(name: str, text: str, wanted: list[str]) -> Iterable[HostSpec]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"the inventory {name!r} is no YAML: {error}") from None
+    if not isinstance(content, dict) or not content.keys() <= {"defaults", "groups"} or not isinstance(content.get("groups"), dict):
+        raise UsageError(f"the inventory {name!r} needs 'groups', and may have 'defaults'; it has {_keys(content)}")
+    groups: dict[str, object] = content["groups"]
+    unknown = [group for group in wanted if group not in groups]
+    if unknown:
+        raise UsageError(f"the inventory {name!r} has no group {_some(unknown)}; it has {', '.join(map(str, groups))}")
+    defaults = _options(content.get("defaults") or {}, f"{name}: defaults")
+    for group in wanted or groups:
+        where = f"{name}: group {group}"
+        body = groups[group]
+        if not isinstance(body, dict) or not isinstance(body.get("hosts"), list):
+            raise UsageError(f"{where} needs a list of 'hosts'; it has {_keys(body)}")
+        shared = {**defaults, **_options({key: value for key, value in body.items() if key != "hosts"}, where)}
+        for entry in body["hosts"]:
+            own: dict[str, object] = {}
+            host = entry
+            if isinstance(entry, dict):
+                host = entry.get("host")
+                own = _options({key: value for key, value in entry.items() if key != "host"}, f"{where}, {host}")
+            if not isinstance(host, str):
+                raise UsageError(f"{where}: a host is a string, or a mapping with 'host'; not {entry!r}")
+            for one in _range(host):
+                yield _spec(one, {**shared, **own}, str(group))
+
+
+def _keys(content: object) -> str:
+    return ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+
+
+def _options(given: object, where: str) -> dict[str, object]:
+    if not isinstance(given, dict):
+        raise UsageError(f"{where}: options are a mapping, not {given!r}")
+    for key, value in given.items():
+        if key not in _OPTIONS:
+            raise UsageError(f"{where}: there is no option {key!r}; there are {', '.join(_OPTIONS)}")
+        if not isinstance(value, _OPTIONS[key]) or isinstance(value, bool) or value in ("", 0):
+            raise UsageError(f"{where}: {key} is {value!r}")
+        if key == "transport" and value not in _TRANSPORTS:
+            raise UsageError(f"{where}: transport is one of {', '.join(_TRANSPORTS)}, not {value!r}")
+        if isinstance(value, str) and (value.startswith("-") or any(ord(char) < 32 for char in value)):
+            raise UsageError(f"{where}: {key} is {value!r}, which ssh could take for something else")
+    return dict(given)
+
+
+def _spec(host: str, options: dict[str, object], group: str) -> HostSpec:
+    target = parse_target(host)
+    user, port = target.user or options.get("user"), target.port or options.get("port")
+    bare = f"[{target.host}]" if ":" in target.host else target.host
+    text = (f"{user}@" if user else "") + bare + (f":{port}" if port else "")
+    ssh: list[str] = []
+    if "keyfile" in options:
+        ssh += ["-i", os.path.expanduser(str(options["keyfile"]))]
+    if "jump" in options:
+        ssh += ["-J", str(options["jump"])]
+    keywords: dict[str, object] = {}
+    if "python" in options:
+        keywords["python_executable"] = options["python"]
+    if "transport" in options:
+        keywords["transport"] = options["transport"]
+    return HostSpec(host, text, tuple(ssh), keywords, group)
