@@ -7,6 +7,7 @@ each round, on the same machine, at the same time.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -18,8 +19,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from zerodeploy import DeployedServer
+from zerodeploy import DeployedServer, MultiServerDeployment
+from zerodeploy.deployment.hosts import HostSpec
 from zerodeploy.link.openssh import OpenSSHLink
 from zerodeploy.testing import DelayProxy, SshServer, free_port
 
@@ -270,6 +273,76 @@ def bulk(bench: Bench, n: int) -> None:
             bench.record({"measure": "bulk", "name": name, "median_s": middle, "ratio": base / middle})
 
 
+def cluster(bench: Bench, far: Bench, n: int, hosts: int = 16) -> None:
+    """Many hosts, all of them the one sshd under as many names."""
+    names = [f"c{index}" for index in range(hosts)]
+
+    def config(one: Bench) -> Path:
+        path = one.config.with_name(one.config.name + "-cluster")
+        path.write_text(one.config.read_text().replace(f"Host {bench.server.alias}", f"Host {' '.join(names)}"))
+        return path
+
+    near_config, far_config = config(bench), config(far)
+
+    def specs(path: Path) -> list[HostSpec]:
+        return [HostSpec(name, name, ("-F", str(path))) for name in names]
+
+    def in_threads(one: Callable[[str], object]) -> None:
+        with concurrent.futures.ThreadPoolExecutor(hosts) as pool:
+            list(pool.map(one, names))
+
+    def true() -> float:
+        command = ["ssh", "-F", str(near_config)]
+        return clock(
+            lambda: in_threads(lambda name: subprocess.run([*command, name, "true"], stdin=subprocess.DEVNULL, check=True))
+        )
+
+    def deploy() -> float:
+        began = time.perf_counter()
+        with MultiServerDeployment(specs(near_config), max_parallel=hosts) as dep:
+            dep.call("os:getpid").values()
+            return time.perf_counter() - began
+
+    def execnet() -> float:
+        import execnet
+
+        gateways: list[Any] = []
+
+        def one(name: str) -> None:
+            gateway = execnet.makegateway(f"ssh=-F {near_config} {name}//python=python3")
+            gateways.append(gateway)
+            gateway.remote_exec("import os; channel.send(os.getpid())").receive()
+
+        took = clock(lambda: in_threads(one))
+        for gateway in gateways:
+            gateway.exit()
+        return took
+
+    bench.rounds(
+        f"deploy to {hosts} and first call from all", {"ssh true": true, "call": deploy, "execnet": execnet}, n, "ssh true"
+    )
+    with MultiServerDeployment(specs(far_config)) as dep:
+        dep.call("os:getpid").values()
+        trips = statistics.median(clock(lambda: dep.call("os:getpid").values()) for _ in range(9)) / 0.1
+        listing = subprocess.run(
+            ["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
+        ).stdout
+        processes = sum(str(far_config) in line for line in listing.splitlines())
+    print(f"\none call on {hosts} live hosts, RTT 100 ms: {trips:.2f} RTT; client processes: {processes}")
+    bench.record({"measure": "cluster call", "rtt": trips, "processes": processes})
+    code = (
+        "import sys\nfrom zerodeploy import MultiServerDeployment\nfrom zerodeploy.deployment.hosts import HostSpec\n"
+        "hosts = [HostSpec(f'm{i}', sys.argv[2], ('-F', sys.argv[1])) for i in range(64)]\n"
+        "with MultiServerDeployment(hosts) as dep:\n dep.call('os:getpid').values()\n"
+        " print(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bench.config), bench.server.alias], capture_output=True, text=True, check=True
+    )
+    print(f"client RSS with 64 live hosts: {int(done.stdout) / 1024:.1f} MiB")
+    bench.record({"measure": "cluster RSS", "mib": int(done.stdout) / 1024})
+
+
 def connections(bench: Bench, rtt_s: float, n: int) -> None:
     print(f"\nclassic_connect + first conn.modules.os.getpid() beyond ready, RTT {rtt_s * 1e3:.0f} ms")
     for transport in ("tunnel", "stdio", "unix"):
@@ -300,7 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("bench-results/bench.jsonl"))
-    parser.add_argument("--only", choices=["first", "far", "latency", "bulk", "bytes"])
+    parser.add_argument("--only", choices=["first", "far", "latency", "bulk", "bytes", "cluster"])
     options = parser.parse_args()
     options.out.parent.mkdir(exist_ok=True)
     with SshServer() as server:
@@ -315,6 +388,10 @@ def main() -> None:
             latency(near, 400)
         if options.only in (None, "bulk"):
             bulk(near, 5)
+        if options.only in (None, "cluster"):
+            with DelayProxy(server.port, rtt_s=0.1) as proxy:
+                far = Bench(server, server.write_config(server.root / "config-far-cluster", proxy.port), options.out)
+                cluster(near, far, max(3, options.rounds // 3))
         if options.only in (None, "far"):
             with DelayProxy(server.port, rtt_s=0.1) as proxy:
                 far = Bench(server, server.write_config(server.root / "config-far", proxy.port), options.out)
