@@ -128,6 +128,33 @@ def test_files(server, tmp_path):
         server.put(tmp_path / "a", "/no/such/dir/file")
 
 
+def test_run_is_as_subprocess_is(server):
+    import subprocess
+
+    for argv, options in [
+        (["printf", "a\\r\\nb\\rc"], {"text": True}), ((b"echo", b"hi"), {}), (["pwd"], {"cwd": b"/var"}), (["sh", "-c", "exit 3"], {}),
+    ]:  # fmt: skip
+        here, there = subprocess.run(argv, capture_output=True, **options), server.run(argv, **options)
+        assert (here.args, here.returncode, here.stdout, here.stderr) == (there.args, there.returncode, there.stdout, there.stderr)
+    for command, text in [("echo part; exec sleep 50", True), ("exec sleep 50", False)]:
+        late = []
+        for run in (lambda *a, **k: subprocess.run(*a, capture_output=True, **k), server.run):
+            with pytest.raises(subprocess.TimeoutExpired) as caught:
+                run(["sh", "-c", command], timeout=0.7, text=text)
+            late.append((caught.value.cmd, caught.value.timeout, caught.value.stdout, caught.value.stderr))
+        assert late[0] == late[1]
+
+
+def test_files_that_are_none(server, tmp_path):
+    with pytest.raises(OSError, match="Is a device"):
+        server.get("/dev/zero", tmp_path / "x")
+    server.put("/proc/self/status", str(tmp_path / "status"))
+    assert b"Pid:" in (tmp_path / "status").read_bytes()
+    server.get("/proc/self/status", tmp_path / "back")
+    assert b"Pid:" in (tmp_path / "back").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["back", "status"]
+
+
 def test_classic_connection(server):
     first, second = server.classic_connect(), server.classic_connect()
     assert first.modules.os.getpid() == second.modules.os.getpid() == server.info.pid

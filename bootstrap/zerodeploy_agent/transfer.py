@@ -85,6 +85,8 @@ def get(worker: Any, message: Any, channel: Channel) -> None:
         info = os.fstat(fd)
         if stat.S_ISDIR(info.st_mode):
             raise IsADirectoryError(21, "Is a directory: only files are copied", path)
+        if stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
+            raise OSError(22, "Is a device: only files are copied", path)
         about = {"size": info.st_size, "mode": info.st_mode & 0o7777, "name": os.path.basename(path)}
         os.set_blocking(fd, True)
         worker.tell(messages.Result(re=message.id, body=plain.pack(about, "file", 0)[0], seconds=0.0))

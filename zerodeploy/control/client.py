@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import subprocess
@@ -9,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from zerodeploy_agent import messages, plain
 from zerodeploy_agent.frames import ChannelError
@@ -28,6 +29,8 @@ from zerodeploy.errors import (
     make_remote_error,
     rebuild_original,
 )
+
+_UNSIZED_BYTES = 64 << 20
 
 __all__ = ["Client", "RemoteProcess"]
 
@@ -204,8 +207,8 @@ class Client:
             session.tell(
                 WORKER_CHANNEL,
                 messages.Spawn(
-                    id=request, channel=number, argv=[os.fspath(word) for word in argv], stdin=stdin,
-                    env=None if env is None else dict(env), clear_env=env is not None, cwd=None if cwd is None else os.fspath(cwd),
+                    id=request, channel=number, argv=[os.fsdecode(word) for word in argv], stdin=stdin,
+                    env=None if env is None else dict(env), clear_env=env is not None, cwd=None if cwd is None else os.fsdecode(cwd),
                 ),
             )  # fmt: skip
             answer = reply.wait()
@@ -231,6 +234,7 @@ class Client:
             info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise UsageError(f"{os.fspath(local)} is no regular file: only files are copied", host=session.host)
+            source, size = _source(file, info.st_size)
             session.ship_late_part()
             request, number, reply = session.next_request()
             channel = session.channels.open(number)
@@ -239,16 +243,16 @@ class Client:
                     WORKER_CHANNEL,
                     messages.Put(
                         id=request, channel=number, path=os.fspath(remote), name=os.path.basename(os.fspath(local)),
-                        mode=stat.S_IMODE(info.st_mode), size=info.st_size,
+                        mode=stat.S_IMODE(info.st_mode), size=size,
                     ),
                 )  # fmt: skip
                 sent = 0
                 try:
-                    while sent < info.st_size and (data := file.read(min(1 << 20, info.st_size - sent))):
+                    while sent < size and (data := source.read(min(1 << 20, size - sent))):
                         channel.write(data)
                         sent += len(data)
                         if progress is not None:
-                            progress(sent, info.st_size)
+                            progress(sent, size)
                     channel.end()
                 except ChannelError:
                     pass  # the answer says why
@@ -307,6 +311,14 @@ class Client:
         finally:
             if temporary:
                 os.unlink(temporary)
+
+
+def _source(file: IO[bytes], size: int) -> tuple[IO[bytes], int]:
+    """What to copy, and how much of it: files below /proc say that they are empty."""
+    if size:
+        return file, size
+    content = file.read(_UNSIZED_BYTES)
+    return io.BytesIO(content), len(content)
 
 
 class PendingCall:
@@ -422,14 +434,14 @@ def run(client: Client, argv: Sequence[str | os.PathLike[str]], *, input: str | 
     process = client.popen(argv, stdin=data is not None, env=env, cwd=cwd)
 
     def shape(raw: bytes) -> Any:
-        return raw.decode("utf-8").replace("\r\n", "\n") if text else raw
+        return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n") if text else raw
 
     try:
         out, err, status = process.communicate(data, timeout)
     except TimeoutError as error:
-        late = subprocess.TimeoutExpired(list(argv), timeout or 0.0, shape(error.output), shape(error.stderr))  # type: ignore[attr-defined]
-        raise late from None
-    done = subprocess.CompletedProcess(list(argv), status, shape(out), shape(err))
+        so_far = (raw or None for raw in (error.output, error.stderr))  # type: ignore[attr-defined]  # bytes, as subprocess's
+        raise subprocess.TimeoutExpired(argv, timeout or 0, *so_far) from None
+    done = subprocess.CompletedProcess(argv, status, shape(out), shape(err))
     if check:
         done.check_returncode()
     return done
