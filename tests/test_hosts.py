@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import os
 import pwd
+import re
 import shutil
 import socket
 import stat
@@ -484,3 +485,33 @@ def test_hostile_far_side_output_is_a_protocol_error(tmp_path):
     with pytest.raises(zerodeploy.ZeroDeployError):
         with DeployedServer(CommandLink(["env"]), python_executable=str(fake), connect_timeout=5) as server:
             server.call("os:getpid")
+
+
+def test_an_unknown_key_is_told_with_the_file_that_ssh_reads(sshd, tmp_path):
+    config = tmp_path / "config"
+    known = tmp_path / "my_known_hosts"
+    config.write_text(sshd.config.read_text().replace(f"UserKnownHostsFile {sshd.known_hosts}", f"UserKnownHostsFile {known}"))
+    with pytest.raises(zerodeploy.HostKeyUnknown) as caught:
+        DeployedServer(ssh_link(sshd, config))
+    said = str(caught.value)
+    assert str(known) in said and f"ssh-keyscan -p {sshd.port} {sshd.address} | sed" in said
+    # the command that it names mends it
+    command = re.search(r"or: (ssh-keyscan .*my_known_hosts)\.", said)
+    assert command is not None
+    subprocess.run(command[1], shell=True, check=True, capture_output=True)
+    with DeployedServer(ssh_link(sshd, config)) as server:
+        assert server.call("os:getpid") == server.info.pid
+
+
+def test_characters_that_arrive_in_pieces(sshd, capsys):
+    def byte_by_byte():
+        import os
+        import time
+
+        for byte in "é€😀\n".encode():
+            os.write(1, bytes([byte]))
+            time.sleep(0.005)
+
+    with DeployedServer(ssh_link(sshd)) as server:
+        server.call(byte_by_byte)
+    assert capsys.readouterr().out == "é€😀\n"

@@ -64,7 +64,8 @@ GOOD = {
 }
 BAD = {
     "a host is needed": ["", " ", "\t\n", None, 7, b"host", ["host"]],
-    "spaces or control": ["my host", "host\n", "host\x00", "host\x7f", " host", "me @host", "ssh://ho\tst", "ssh://host%0aProxyCommand=x", "ssh://a%20b",
+    "more than one port": ["h:22:33", "me@a:b:c"],
+    "spaces or control": ["\x85h", "a\u202eb", "my host", "host\n", "host\x00", "host\x7f", " host", "me @host", "ssh://ho\tst", "ssh://host%0aProxyCommand=x", "ssh://a%20b",
                           "ssh://me%00@host", "ssh://ho\nst"],
     "read as an option": ["-oProxyCommand=x", "me@-oProxyCommand=x", "-l@host", "ssh://", "ssh://-oX", "ssh://%2doProxyCommand=x@host", "ssh://me@-x",
                           "me@", "me@:22", ":22", "[-x]:22"],

@@ -159,6 +159,8 @@ def failure(worker, request: int, error: BaseException) -> messages.Failure:  # 
         # OSError(errno, text, filename) keeps the name out of args
         names = {"filename": error.filename, "filename2": error.filename2}
         attributes = {key: value for key, value in names.items() if type(value) is str}
+    elif isinstance(error, ImportError) and type(error.name) is str:
+        attributes = {"name": error.name}
     try:
         text = str(error)
     except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import queue
 import sys
@@ -32,6 +33,8 @@ class Output:
         self._put = self._done = 0
         self._moved = threading.Condition()
         self.dropped = 0
+        # a character may arrive in two pieces
+        self._decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in ("stdout", "stderr")}
 
     def put(self, stream: str, data: object) -> None:
         """Called by the reading thread, never blocks."""
@@ -80,7 +83,7 @@ class Output:
             target = sys.stdout if stream == "stdout" else sys.stderr
             if target is not None:
                 try:
-                    target.write(data.decode("utf-8", "replace"))
+                    target.write(self._decoders[stream].decode(data))
                     target.flush()
                 except (OSError, ValueError) as error:  # closed, or a pipe whose reader is gone: not remote code's trouble
                     logging.getLogger("zerodeploy").debug("%s: %s could not be written: %s", self._host, stream, error)

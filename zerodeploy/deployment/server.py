@@ -168,6 +168,11 @@ class DeployedServer:
         return port
 
     @property
+    def tun(self) -> None:
+        """rpyc's tunnel object. The link itself forwards here, so it is always None, as rpyc's is over paramiko."""
+        return None
+
+    @property
     def info(self) -> ServerInfo:
         """Who and where: waits until the agent has answered."""
         session = self._live_session

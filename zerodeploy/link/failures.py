@@ -6,6 +6,7 @@ Messages as OpenSSH 7.4 to 10 print them (sshconnect.c, sshconnect2.c, packet.c,
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from zerodeploy.errors import (
     AuthenticationFailed,
@@ -50,12 +51,19 @@ def tail(text: str, lines: int = 6) -> str:
     return "\n".join(kept[-lines:])
 
 
-def classify(stderr: str, *, host: str, target: str, waited_s: float) -> HostError | None:
-    """The error that *stderr* of a failed ssh stands for, or None when it is not one of ssh's own."""
+def classify(stderr: str, *, host: str, target: str, waited_s: float,
+             settings: Callable[[], dict[str, str]] = dict) -> HostError | None:  # fmt: skip
+    """The error that *stderr* of a failed ssh stands for, or None when it is not one of ssh's own.
+
+    *settings* gives what ``ssh -G`` prints for the host; it is asked only where a message needs it.
+    """
     for pattern, cls, advice in _TABLE:
         if re.search(pattern, stderr):
             file, mend = _known_hosts(stderr, target)
-            text = advice.format(target=target, waited=waited_s, file=file, mend=mend, learn=_learn(stderr, target))
+            learn = _learn(stderr, target)
+            if cls is HostKeyUnknown and (known := settings()):
+                file, learn = _learn_by(known)
+            text = advice.format(target=target, waited=waited_s, file=file, mend=mend, learn=learn)
             return cls(f"{text}{'' if text.endswith('?') else '.'} ssh said: {tail(stderr, 4)}", host=host, stderr=tail(stderr, 30))
     return None
 
@@ -66,6 +74,14 @@ def _known_hosts(stderr: str, target: str) -> tuple[str, str]:
     file = offending[1] if offending else "~/.ssh/known_hosts"
     mend = re.search(r'ssh-keygen -f "[^"]+" -R "[^"]+"', stderr)
     return file, mend[0] if mend else f"ssh-keygen -f {file} -R {_bare(target)}"
+
+
+def _learn_by(settings: dict[str, str]) -> tuple[str, str]:
+    """The file that ssh would look in and the command that adds the key to it, as ssh's settings have them."""
+    file = (settings.get("userknownhostsfile") or "~/.ssh/known_hosts").split()[0]
+    scan = f"ssh-keyscan -p {settings.get('port', '22')} {settings.get('hostname', '')}"
+    alias = settings.get("hostkeyalias")
+    return file, f"{scan} | sed 's/^[^ ]* /{alias} /' >> {file}" if alias else f"{scan} >> {file}"
 
 
 def _bare(target: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import secrets
 import socket
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
@@ -18,6 +20,7 @@ from zerodeploy.link.sshmux import MuxClient
 __all__ = ["OpenSSHLink", "SshTarget", "parse_target"]
 
 _PORT_TRIES = 8
+_SETTINGS_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def parse_target(text: str) -> SshTarget:
     elif "://" in text:
         raise UsageError(f"{text!r}: only ssh:// URLs are hosts")
     # urlsplit drops tabs and line breaks, unquote makes some: both forms are looked at
-    if any(ord(c) < 33 or ord(c) == 127 for c in text + rest):
+    if any(not c.isprintable() or c.isspace() for c in text + rest):
         raise UsageError(f"the host {text!r} contains spaces or control characters")
     user, at, address = rest.rpartition("@")
     if at and not user:
@@ -75,9 +78,18 @@ def parse_target(text: str) -> SshTarget:
         raise UsageError(f"{text!r}: a host or user that is empty or begins with '-' would be read as an option of ssh")
     if any(c in "'\"`$;&|<>(){}[]\\" for c in host + user):
         raise UsageError(f"{text!r} contains characters that no host or user name has")
+    if ":" in host and not _is_ipv6(host):
+        raise UsageError(f"{text!r} has more than one port, and is no IPv6 address")
     if port and not (port.isascii() and port.isdigit() and len(port) < 9 and 0 < int(port) < 65536):
         raise UsageError(f"{text!r}: the port must be a number from 1 to 65535")
     return SshTarget(host, user or None, int(port) if port else None)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 class OpenSSHLink(Link):
@@ -123,7 +135,22 @@ class OpenSSHLink(Link):
         return [*self._argv, *options]
 
     def explain(self, status: int | None, stderr: str, waited_s: float) -> ZeroDeployError | None:
-        return classify(stderr, host=self.label, target=self.destination, waited_s=waited_s)
+        return classify(stderr, host=self.label, target=self.destination, waited_s=waited_s, settings=self._settings)
+
+    def _ssh(self) -> list[str]:
+        """The ssh command with the user's options."""
+        return self._argv
+
+    def _settings(self) -> dict[str, str]:
+        """What ssh would do with this host (``ssh -G``); empty where it does not tell. Contacts nobody."""
+        try:
+            done = subprocess.run(
+                [*self._ssh(), "-G", "--", self.destination], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                timeout=_SETTINGS_LIMIT_S, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+        return {name: value for name, _, value in (line.partition(" ") for line in done.stdout.splitlines())}
 
 
 class SshRunning(Running):

@@ -38,16 +38,23 @@ class SshMachineLink(OpenSSHLink):
             return self._start_with_password(script, connect_timeout_s)
         return super().start(script, connect_timeout_s=connect_timeout_s)
 
+    def _place(self) -> int:
+        """Where the options of ssh begin: behind it, or behind sshpass -p … ssh."""
+        return 1 if self._batch else 4
+
+    def _ssh(self) -> list[str]:
+        return self._argv[self._place() - 1 :]
+
     def _with_master(self, options: list[str]) -> list[str]:
         """Ours before a control socket of the user's, which would win: our forwards need one of their own.
 
         Not when a master of theirs lives there: then ssh goes through it, without a login, and forwards are refused.
         """
-        place = 1 if self._batch else 4  # behind ssh, or behind sshpass -p … ssh
+        place = self._place()
         theirs = self._argv[place:]
         if not any(word.startswith("-S") or "control" in word.lower() for word in theirs):
             return [*self._argv, *options]
-        check = [*self._argv[place - 1 :], "-O", "check", self.destination]
+        check = [*self._ssh(), "-O", "check", self.destination]
         alive = subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=_CHECK_LIMIT_S, check=False)
         if alive.returncode == 0:
             return [*self._argv, *options]
