@@ -309,9 +309,11 @@ def test_after_close_an_old_connection_raises_eoferror(kind, transport, sshd):
     with open_target(kind, sshd) as target:
         server = DeployedServer(target, transport=transport)
         conn = server.classic_connect()
-        assert conn.modules.os.getpid()
+        assert conn.modules.os.getpid() == server.modules.os.getpid()
         traces = Traces(server)
         server.close()
+        with pytest.raises(EOFError):
+            server.modules.os  # noqa: B018
         assert traces.left() == []
         with pytest.raises(EOFError):
             conn.modules.os.getpid()

@@ -269,6 +269,9 @@ class DeployedServer:
     @property
     def modules(self) -> Any:
         """``modules`` of a classic connection that the deployment keeps for this: ``server.modules.os.getpid()``."""
+        error = self._live_session.error
+        if error is not None:
+            raise error
         conn = getattr(self, "_shortcut", None)
         if conn is None or conn.closed:
             conn = self._shortcut = self.classic_connect()
