@@ -23,6 +23,9 @@ _SESSION_LIMIT_S = 15.0  # from the payload's last byte to the Session that foll
 _TAIL_BYTES = 4096
 
 
+_NONE: list[bytes] = []
+
+
 class Stop(Exception):
     """The session is over; the text says why."""
 
@@ -34,11 +37,12 @@ class Feed:
         self.fd = fd
         self._buffer = bytearray(_FEED_FIRST_BYTES)
         self._view = memoryview(self._buffer)
-        self._filled = 0
+        self._all = [self._view]
+        self._filled = self._done = self._missing = 0
 
     def read(self) -> bool:
         """Take in what there is. False at the end; raises `BlockingIOError` when there is nothing."""
-        got = os.readv(self.fd, [self._view[self._filled :]])
+        got = os.readv(self.fd, [self._view[self._filled :]] if self._filled else self._all)
         self._filled += got
         return got > 0
 
@@ -47,11 +51,17 @@ class Feed:
 
         The runs are views: `done` makes room for the next `read`.
         """
+        filled, buffer, view = self._filled, self._buffer, self._view
+        unpack, header = frames.HEADER.unpack_from, frames.HEADER_BYTES
+        if filled >= header:
+            length, channel, kind = unpack(buffer)
+            if header + length == filled and channel != KEEPER_CHANNEL:  # the commonest: one frame, and whole
+                frames.check(length, kind)
+                self._done, self._missing = filled, 0
+                return _NONE, [view[:filled]]
         mine: list[bytes] = []
         passed: list[memoryview] = []
         at = start = self._missing = 0
-        filled, buffer, view = self._filled, self._buffer, self._view
-        unpack, header = frames.HEADER.unpack_from, frames.HEADER_BYTES
         while at + header <= filled:
             length, channel, kind = unpack(buffer, at)
             frames.check(length, kind)
@@ -72,11 +82,15 @@ class Feed:
 
     def done(self) -> None:
         """What `split` gave was dealt with: make room, and more of it for a bulk or a large frame."""
+        if self._done == self._filled < _FEED_FIRST_BYTES:
+            self._filled = 0
+            return
         size = len(self._buffer)
         rest = bytes(self._view[self._done : self._filled])
         if self._filled == size < _FEED_BYTES or self._missing > size:  # frames.check has bounded what can be missing
             self._buffer = bytearray(max(_FEED_BYTES, self._missing))
             self._view = memoryview(self._buffer)
+            self._all = [self._view]
         self._view[: len(rest)] = rest
         self._filled = len(rest)
 

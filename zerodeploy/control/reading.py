@@ -25,7 +25,7 @@ __all__ = ["LinkReader"]
 _READ_BYTES = 1 << 16  # small first: malloc serves larger buffers with mmap, a page fault each
 _READ_MOST_BYTES = 1 << 20
 _PARKED_S = 0.005  # how long the thread leaves the link to callers after the last of them
-_MAIN = threading.main_thread()
+_MAIN = threading.main_thread().ident
 _INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -211,7 +211,7 @@ class LinkReader:
                     self._waiting -= 1
             return
         try:
-            if threading.current_thread() is _MAIN:
+            if threading.get_ident() == _MAIN:
                 with _SignalsHeld(self.wake) as held:
                     self._read_for(reply, until, held)
             else:

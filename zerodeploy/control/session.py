@@ -339,6 +339,10 @@ class Session:
 
     def _on_worker(self, message: Message) -> None:
         fields = vars(message)
+        if type(message) is messages.Result and not (fields["body"] or {}).get("sizes"):  # the commonest first
+            if (reply := self._waiting.get(fields["re"])) is not None:
+                reply.resolve(message)
+            return
         if isinstance(message, messages.Log):
             self.output.put("log", message)
             return
