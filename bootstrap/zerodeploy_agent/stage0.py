@@ -4,7 +4,7 @@
 # sends stdin one round trip after the command (DESIGN section 1): that time is free.
 #
 # argv: marker, seconds to wait for the payload, hex of the wanted temp dir or "-", transport, the interpreters found.
-# stdin: b"ZDP1", u32 size, zlib-compressed zip archive with stored members; the session's frames follow.
+# stdin: b"ZDP1", u32 size, zlib-compressed members of a zip archive, stored; the session's frames follow.
 import gc
 import os
 import struct

@@ -54,7 +54,7 @@ _RPYC_LATE = (
     "utils/server.py", "utils/teleportation.py",
 )  # fmt: skip
 
-_AGENT_LATE = ("spawning.py", "standalone.py", "transfer.py")
+_AGENT_LATE = ("relay.py", "spawning.py", "standalone.py", "transfer.py")
 
 # packages whose own __init__ imports everything: an import of one part must not load all
 _STUBS = {
@@ -70,7 +70,7 @@ sys.exit(standalone.main(__file__, sys.argv[1:]))
 
 @dataclass(frozen=True)
 class Agent:
-    """The built archive. ``sha256`` is the archive's; ``wire`` is what goes down the link."""
+    """The built archive. ``sha256`` is the archive's; ``wire`` is what goes down the link: its members without the index."""
 
     archive: bytes
     wire: bytes
@@ -212,6 +212,10 @@ def _store(files: dict[str, bytes], offset: int = 0) -> bytes:
 
     *offset* is the length of what is put before it (a zipapp's first line).
     """
+    return b"".join(_members_and_index(files, offset))
+
+
+def _members_and_index(files: dict[str, bytes], offset: int) -> tuple[bytes, bytes]:
     body, index = bytearray(), bytearray()
     for name, data in sorted(files.items()):
         crc = binascii.crc32(data)
@@ -221,14 +225,15 @@ def _store(files: dict[str, bytes], offset: int = 0) -> bytes:
         body += b"PK\3\4" + fields + name.encode("ascii") + data
     count = len(files)
     end = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, count, count, len(index), offset + len(body), 0)
-    return bytes(body + index + end)
+    return bytes(body), bytes(index + end)
 
 
 @functools.lru_cache(maxsize=1)
 def agent() -> Agent:
     """Build the agent, once per process. Raises `PayloadError` when a part is not installed."""
-    archive = _store(_base())
-    packed = zlib.compress(archive, 9)
+    members, index = _members_and_index(_base(), 0)
+    packed = zlib.compress(members, 9)  # stage 0 reads the members in order; the index would be another kilobyte
+    archive = members + index
     return Agent(archive, b"ZDP1" + struct.pack(">I", len(packed)) + packed, hashlib.sha256(archive).hexdigest())
 
 
