@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -199,3 +200,22 @@ def client_process(code: str, *args: str) -> subprocess.Popen[str]:
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+@pytest.fixture(scope="session")
+def whole_network() -> Iterator[Any]:
+    from tests.network import Network, why_not
+
+    reason = why_not() or next((f"no Python {v} under ~/.pyenv/versions" for v in ("3.8", "3.11", "3.13") if v not in PYTHONS), "")
+    can_or_skip(not reason, reason)
+    network = Network()
+    yield network
+    network.close()
+
+
+@pytest.fixture
+def network(whole_network: Any) -> Iterator[Any]:
+    """Hosts of their own, see tests/network.py. After the test nothing may be left on any of them."""
+    yield whole_network
+    whole_network.mend()
+    whole_network.assert_clean(5)

@@ -463,3 +463,22 @@ def test_a_prompt_session_leaves_sys_streams_alone(deploy):
         assert sys.stdout.getvalue() == "to whatever stdout is now\n"
     finally:
         sys.stdout = saved
+
+
+def test_late_parts_that_are_needed_at_once(deploy, tmp_path):
+    """Each of them is imported by a thread of its own while the part that all are in is still on its way."""
+    for attempt in range(6):
+        server = deploy()
+        results: dict[str, object] = {}
+        target = tmp_path / f"copy-{attempt}"
+        jobs = {
+            "run": lambda: server.run(["echo", "x"]).stdout, "put": lambda: server.put(__file__, target),
+            "import": lambda: server.call("rpyc.utils.helpers:async_.__name__.upper"),
+        }  # fmt: skip
+        threads = [threading.Thread(target=lambda n=n, f=f: results.update({n: f()}), daemon=True) for n, f in jobs.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert results == {"run": b"x\n", "put": str(target), "import": "ASYNC_"} and target.stat().st_size
+        server.close()

@@ -48,6 +48,8 @@ class SshServer:
         address: what to listen on.
         environment: what the user's sessions get besides HOME, which is `home`, and a plain PATH.
         alias: the name under which `config` knows it.
+        prefix: words to start sshd with, for example ``["ip", "netns", "exec", "n1"]``; it listens on port 22 then.
+        directory: where its temporary directory is made; default as `tempfile` has it.
 
     Attributes:
         config: an ssh_config for ``ssh -F``; `port`; `home`: the user's home directory in its sessions; `log`: its log.
@@ -57,11 +59,11 @@ class SshServer:
     """
 
     def __init__(self, options: Sequence[str] = (), *, address: str = "127.0.0.1", environment: dict[str, str] | None = None,
-                 alias: str = "testhost", prefix: Sequence[str] = ()) -> None:  # fmt: skip
+                 alias: str = "testhost", prefix: Sequence[str] = (), directory: str | None = None) -> None:  # fmt: skip
         self._sshd = sshd_path()
         if self._sshd is None:
             raise UsageError("there is no sshd on this machine: install openssh-server")
-        self.root = Path(tempfile.mkdtemp(prefix="zdssh-"))
+        self.root = Path(tempfile.mkdtemp(prefix="zdssh-", dir=directory))
         self.alias, self.address = alias, address
         self.port = free_port() if not prefix else 22
         self.log = self.root / "log"
@@ -91,8 +93,10 @@ class SshServer:
             *self._options, f"Port {self.port}", f"ListenAddress {self.address}", f"HostKey {self.root / 'host_key'}",
             f"AuthorizedKeysFile {authorized}", f"PidFile {self.root / 'pid'}", "StrictModes no", "UsePAM no",
             "PasswordAuthentication no", "KbdInteractiveAuthentication no", "PermitRootLogin yes", "PermitUserEnvironment yes",
-            "LogLevel VERBOSE", "MaxStartups 100:30:200", "MaxSessions 100", "Subsystem sftp internal-sftp",
+            "LogLevel VERBOSE", "MaxSessions 100", "Subsystem sftp internal-sftp",
         ]  # fmt: skip
+        if not any(line.lower().startswith("maxstartups") for line in self._options):
+            lines.append("MaxStartups 100:30:200")  # of this one sshd takes the last, of all others the first
         (self.root / "sshd_config").write_text("\n".join(lines) + "\n")
         self.known_hosts = self.root / "known_hosts"
         key = (self.root / "host_key.pub").read_text().split()

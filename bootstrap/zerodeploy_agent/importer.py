@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import sys
 
 PREFIX = "agent.pyz/"  # what tracebacks show; no file of that name exists
@@ -13,6 +14,7 @@ class Finder:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.late = files.get("late.txt", b"").decode("ascii").split("\n")
+        self.lock = _thread.allocate_lock()
         self.fetch: object = None  # asks the client for the late files; set by the worker
         self.after_logging: object = None  # called once, when remote code has imported logging
 
@@ -22,8 +24,9 @@ class Finder:
             if path in self.files:
                 return path
             if path in self.late and self.fetch is not None:
-                self.late = []
-                self.files.update(self.fetch())  # type: ignore[operator]
+                with self.lock:  # whoever comes second finds it there
+                    if path not in self.files:
+                        self.files.update(self.fetch())  # type: ignore[operator]
                 return path if path in self.files else None
         return None
 

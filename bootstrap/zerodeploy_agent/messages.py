@@ -256,6 +256,12 @@ class Get(Message):
     FIELDS = {"id": _INT, "channel": _INT, "path": _STR}
 
 
+class Connect(Message):
+    """Connect to ``host``:``port`` from this host, and carry its bytes on channel ``channel``."""
+
+    FIELDS = {"id": _INT, "channel": _INT, "host": _STR, "port": _INT, "timeout": _NUMBER}
+
+
 class OpenRpc(Message):
     """Serve RPyC on channel ``channel`` of the link."""
 

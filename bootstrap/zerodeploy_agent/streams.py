@@ -114,7 +114,7 @@ class Channel:
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Any, Protocol
 
     class Send(Protocol):
         """Puts whole frames on the wire, in order, as one piece. Raises `ChannelError` when the link is gone."""
@@ -133,11 +133,15 @@ class Channels:
 
     def open(self, number: int) -> Channel:
         channel = Channel(self, number)
+        self.adopt(channel)
+        return channel
+
+    def adopt(self, channel: Any) -> None:
+        """Deliver to *channel* from now on; it has a Channel's ``number``, ``feed`` and ``fail``."""
         with self._channels_lock:
             if self._broken is not None:
                 channel.fail(self._broken)
-            self._channels[number] = channel
-        return channel
+            self._channels[channel.number] = channel
 
     def get(self, number: int) -> Channel | None:
         return self._channels.get(number)

@@ -246,9 +246,9 @@ class Worker:
             first = message.channel
             opened = [self.channels.open(first + index) for index in range(3)]
             self._in_thread(self._late, "spawning", "start", message, opened)
-        elif name in ("put", "get"):
+        elif name in ("put", "get", "connect"):
             channel = self.channels.open(message.channel)
-            self._in_thread(self._late, "transfer", name, message, channel)
+            self._in_thread(self._late, "relay" if name == "connect" else "transfer", name, message, channel)
         elif name == "open_rpc":
             channel = self.channels.open(message.channel)
             self._in_thread(self._serve_rpc, message, channel)
@@ -265,12 +265,21 @@ class Worker:
             except ChannelError:
                 pass  # as in _run_inline
 
-        threading.Thread(target=run, daemon=True).start()
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        except RuntimeError as error:  # no more threads for this user: not the end of all else
+            for message in args[:1] if hasattr(args[0], "id") else args[2:3]:
+                self.tell(calls.failure(self, message.id, error))  # type: ignore[attr-defined]
 
     def _late(self, module: str, function: str, *args: object) -> None:
         """Call what came, or comes now, after the base payload."""
         full = "zerodeploy_agent." + module
-        __import__(full)
+        try:
+            __import__(full)
+        except Exception as error:
+            if hasattr(args[0], "id"):
+                self.tell(calls.failure(self, args[0].id, error))
+            raise
         getattr(sys.modules[full], function)(self, *args)
 
     def _set_up(self, message: messages.Message) -> None:

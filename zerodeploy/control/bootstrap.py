@@ -27,8 +27,8 @@ _BOOT = (
     "import sys;sys.path=[p for p in sys.path if p];import zlib,binascii;exec(zlib.decompress(binascii.a2b_base64(sys.argv[1])))"
 )
 # newest first after the host's own choice
-_CANDIDATES = ("python3", "python3.13", "python3.12", "python3.11", "python3.10", "python3.9", "python3.8", "python",
-               "/usr/bin/python3", "/usr/local/bin/python3", "/usr/libexec/platform-python")  # fmt: skip
+_CANDIDATES = ("python3", "python3.13", "python3.12", "python3.11", "python3.10", "python3.9", "python3.8", "python")  # fmt: skip
+_PATHS = ("/usr/bin/python3", "/usr/local/bin/python3", "/usr/libexec/platform-python")
 
 
 def script(marker: str, *, python: Sequence[str] | None, tmpdir: str | None, transport: str, payload_limit_s: float) -> str:
@@ -44,9 +44,10 @@ def script(marker: str, *, python: Sequence[str] | None, tmpdir: str | None, tra
     if python is not None:
         words = " ".join(_double_quote(word) for word in python)
         return f'{head}exec {words} -c "$B" "$S" {args} {_double_quote(python[-1])}'
-    names = " ".join(_CANDIDATES)
+    # for a path, dash's command -v asks only whether it is there
     return (
-        f'{head}set --;for p in {names};do command -v $p >/dev/null 2>&1&&set -- "$@" $p;done;'
+        f'{head}set --;for p in {" ".join(_CANDIDATES)};do command -v $p >/dev/null 2>&1&&set -- "$@" $p;done;'
+        f'for p in {" ".join(_PATHS)};do [ -x $p ]&&set -- "$@" $p;done;'
         f'[ $# -gt 0 ]&&exec "$1" -c "$B" "$S" {args} "$@";'
         f'echo;echo {marker} {NO_PYTHON} "$PATH";exit 71'
     )
@@ -84,7 +85,7 @@ def stage_error(failed: messages.Message, *, host: str, stderr: str, python: Seq
 
 
 def no_python_error(path: str, *, host: str, stderr: str) -> PythonNotFound:
-    names = ", ".join(_CANDIDATES)
+    names = ", ".join((*_CANDIDATES, *_PATHS))
     return PythonNotFound(
         f"there is no Python on the host: none of {names} in its PATH ({path.strip()}). Install python3 there, or pass "
         "python_executable=… with the path of one",

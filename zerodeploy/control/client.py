@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from zerodeploy_agent import messages, plain
+from zerodeploy_agent import frames, messages, plain
 from zerodeploy_agent.frames import ChannelError
 from zerodeploy_agent.messages import WORKER_CHANNEL, Message
 from zerodeploy_agent.streams import Channel
@@ -26,6 +28,7 @@ from zerodeploy.errors import (
     ProtocolError,
     RemoteCallError,
     UsageError,
+    ZeroDeployError,
     make_remote_error,
     rebuild_original,
 )
@@ -70,15 +73,28 @@ class Client:
             session.finish(request)
 
     def begin(self, function: Callable[..., object] | str, args: Sequence[object], kwargs: Mapping[str, object]) -> PendingCall:
-        """`call` without waiting for the answer."""
+        """`call` without waiting for the answer, nor for the host to take large arguments: a thread sends those."""
         target = functions.prepare(function)
         args, kwargs = (*target.args, *args), {**target.kwargs, **kwargs}
         request, number, reply = self.session.next_request()
         try:
             body, segments = self._pack_arguments(args, kwargs, number) if args or kwargs else (None, [])
-            key = self._ship(target.shipment)
-            call = messages.Call(id=request, target=target.name, source=key, body=body, flags=[])
-            self.session.send_body(call, number, segments)
+
+            def send() -> None:
+                key = self._ship(target.shipment)
+                call = messages.Call(id=request, target=target.name, source=key, body=body, flags=[])
+                self.session.send_body(call, number, segments)
+
+            def send_or_fail() -> None:
+                try:
+                    send()
+                except BaseException as error:
+                    reply.fail(error)
+
+            if segments:
+                threading.Thread(target=send_or_fail, daemon=True, name=f"zerodeploy-bulk-{self.session.host}").start()
+            else:
+                send()
         except BaseException:
             self.session.finish(request)
             raise
@@ -159,8 +175,8 @@ class Client:
 
     def _cancel(self, request: int) -> None:
         try:
-            self.session.tell(WORKER_CHANNEL, messages.Cancel(re=request))
-        except LinkLost:
+            self.session.tell(WORKER_CHANNEL, messages.Cancel(re=request), patient=False)
+        except ZeroDeployError:
             pass
 
     def _error(self, answer: Message) -> BaseException:
@@ -327,16 +343,48 @@ class PendingCall:
     def __init__(self, client: Client, request: int, number: int, reply: Reply) -> None:
         self._client, self._request, self._number = client, request, number
         self.reply = reply
+        self._outcome: tuple[Any, BaseException | None] | None = None
+
+    def when_whole(self, then: Callable[[], None]) -> None:
+        """Call *then* once `value` has no need to wait; it must not block. A bulk is fetched by a thread of its own."""
+
+        def fetch() -> None:
+            try:
+                self._outcome = self.value(), None
+            except BaseException as error:
+                self._outcome = None, error
+            then()
+
+        def answered() -> None:
+            body = vars(self.reply.message).get("body") if self.reply.message is not None else None
+            if body and body.get("sizes"):
+                threading.Thread(target=fetch, daemon=True, name=f"zerodeploy-bulk-{self._client.session.host}").start()
+            else:
+                self._client.session.finish(self._request)  # it may never be looked at
+                then()
+
+        self.reply.watch(answered)
 
     def value(self) -> Any:
         """What the call returned. Raises as `Client.call` does; waits for the answer."""
+        if self._outcome is not None:
+            value, error = self._outcome
+            if error is not None:
+                raise error
+            return value
         try:
             return self._client._result(self._request, self._number, self.reply, None)
         finally:
             self._client.session.finish(self._request)
 
     def drop(self) -> None:
-        """Nobody waits for it any more: the host is told to stop it."""
+        """Nobody waits for it any more: the host is told to stop it, and what is still being sent is broken off."""
+        sending = self._client.session.channels.get(self._number)
+        if sending is not None:
+            sending.fail("nobody waits for the answer")
+            with contextlib.suppress(ChannelError):
+                reset = frames.encode(self._number, frames.RESET, b"nobody waits for the answer")
+                self._client.session.send(reset, patient=False)
         self._client._cancel(self._request)
         self._client.session.finish(self._request)
 
@@ -374,8 +422,6 @@ class RemoteProcess:
 
         What came until then is on the error, as ``output`` and ``stderr``.
         """
-        import threading
-
         collected: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
         failed: list[ChannelError] = []
 

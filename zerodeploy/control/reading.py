@@ -24,6 +24,7 @@ __all__ = ["LinkReader"]
 
 _READ_BYTES = 1 << 16  # small first: malloc serves larger buffers with mmap, a page fault each
 _READ_MOST_BYTES = 1 << 20
+_LEAVE_S = 5.0  # a reader that does not let go of the link by then is stuck
 _PARKED_S = 0.005  # how long the thread leaves the link to callers after the last of them
 _MAIN = threading.main_thread().ident
 _INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -51,7 +52,8 @@ class LinkReader:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self.wake, False)
         self.outbox = Outbox(running.stdin, self.wake)
-        self._right = threading.Lock()
+        self._right = threading.RLock()
+        self._wake_lock = threading.Lock()
         self._turn = threading.Lock()  # guards the three below
         self.caller: int | None = None  # the thread that reads for its own answer
         self._last_call = 0.0
@@ -78,7 +80,8 @@ class LinkReader:
         try:
             while not self._over:
                 with self._right:
-                    self._step(self._next_tick - time.monotonic())
+                    if not self._over:
+                        self._step(self._next_tick - time.monotonic())
                 self._tick_if_due()
                 self._pause()
         except Exception as error:
@@ -106,24 +109,36 @@ class LinkReader:
             self._bell.acquire(timeout=max(0.0, min(rest_s, self._next_tick - now)) + 0.0005)
             self._tick_if_due()
 
-    def stop(self) -> None:
-        """Let the thread end, and callers that read."""
+    def retire(self) -> None:
+        """End the link, let the thread and callers that read out, and give the link's descriptors back. Twice is fine."""
         self._over = True
         self.poke()
         self._bell.release()
+        self._running.stop()
+        # not while somebody may read: the numbers are another link's at once, and its bytes would be lost
+        if self._right.acquire(timeout=_LEAVE_S):
+            try:
+                self._running.close()
+            finally:
+                self._right.release()
 
     def poke(self) -> None:
         """Make whoever reads look around."""
-        with contextlib.suppress(OSError):
-            os.write(self.wake, b"w")
+        with self._wake_lock, contextlib.suppress(OSError):
+            if self.wake >= 0:
+                os.write(self.wake, b"w")
 
     def close(self) -> None:
-        """Give the descriptors back. After `stop`; waits for the thread to be out of them."""
+        """Give our own descriptors back. After `retire`; waits for the thread to be out of them."""
         if threading.current_thread() is not self.thread and self.thread.ident is not None:
             self.thread.join(2.0)
-        for fd in (self._wake_read, self.wake):
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        if self._right.acquire(timeout=_LEAVE_S):
+            with self._wake_lock:
+                for fd in (self._wake_read, self.wake) if self.wake >= 0 else ():
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+                self.wake = -1
+            self._right.release()
 
     # one look
 
@@ -134,6 +149,8 @@ class LinkReader:
         if shape != self._shape:
             self._register(*shape)
         for fd, _ in self._poll.poll(max(0.0, timeout_s) * 1000 + 0.5):
+            if self._over:
+                return  # the descriptors are given back already
             if fd == running.stdout:
                 self._read()
             elif fd == running.stderr:
@@ -254,7 +271,7 @@ class _SignalsHeld:
     __slots__ = ("_held", "_saved", "_wake")
 
     def __init__(self, wake: int) -> None:
-        self._wake = wake
+        self._wake = wake  # nobody closes it while its caller reads
         self._held: list[int] = []
         self._saved: list[tuple[int, Callable[[int, FrameType | None], object]]] = []
 

@@ -162,7 +162,7 @@ class Connector:
 
     def _raise_server_error(self) -> None:
         """A server that can't be set up closes the connection; a session's error says more."""
-        error = self._session.setup_error or self._session.error
+        error = self._session.error
         if error is not None:
             raise error from None
 

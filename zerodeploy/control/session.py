@@ -69,7 +69,6 @@ class Session:
         self.output = Output(link.label, options.on_output)
         self.terminated: Message | None = None
         self.error: ZeroDeployError | None = None
-        self.setup_error: ZeroDeployError | None = None
         self.pid = os.getpid()
         self._decoder = frames.Decoder()
         self._pings = 0
@@ -83,7 +82,7 @@ class Session:
         self.ship_lock = threading.Lock()
         self._exits: dict[int, Reply] = {}
         self._late_sent = False
-        self._closing = False
+        self._closing = self._goodbye_said = False
         self._close_lock = threading.Lock()
 
     # starting
@@ -149,26 +148,27 @@ class Session:
 
     def wait_live(self) -> Message:
         """The Live message. Raises when the agent did not come up."""
+        return self._started(self._lived, "the agent did not answer")
+
+    def wait_ready(self) -> Message:
+        """Until the worker has done its set-up. Raises when that failed, or takes longer than the whole start may."""
+        self.wait_live()
+        return self._started(self._is_ready, "the set-up did not end")
+
+    def _started(self, reply: Reply, otherwise: str) -> Message:
         try:
-            return self._lived.wait(max(0.1, self._began + self.options.connect_timeout - time.monotonic()))
+            return reply.wait(max(0.1, self._began + self.options.connect_timeout - time.monotonic()))
         except TimeoutError:
-            error = AgentDidNotStart(
-                f"the agent did not answer within {self.options.connect_timeout:.1f} s", host=self.host, stage="start",
-                stderr=tail(self.stderr_text(), 30),
-            )  # fmt: skip
+            text, said = f"{otherwise} within {self.options.connect_timeout:.1f} s", tail(self.stderr_text(), 30)
+            error = AgentDidNotStart(text, host=self.host, stage="start", stderr=said)
             self._fail(error)
             raise error from None
 
-    def wait_ready(self) -> Message:
-        """Until the worker has done its set-up. Raises when that failed."""
-        self.wait_live()
-        return self._is_ready.wait()
-
     # sending
 
-    def send(self, *buffers: bytes | memoryview) -> None:
+    def send(self, *buffers: bytes | memoryview, patient: bool = True) -> None:
         try:
-            self._outbox.send(*buffers, patient=not self._is_reading())
+            self._outbox.send(*buffers, patient=patient and not self._is_reading())
         except OSError as error:
             raise ChannelError(str(self.error or error)) from None
 
@@ -176,11 +176,11 @@ class Session:
         """Whether this thread reads the link right now: then it must not wait for room, which only reading makes."""
         return threading.get_ident() in (self.reader.thread.ident, self.reader.caller)
 
-    def tell(self, channel: int, message: Message) -> None:
+    def tell(self, channel: int, message: Message, *, patient: bool = True) -> None:
         """Send *message*. Raises `LinkLost` when the session is over."""
         self._check()
         try:
-            self._outbox.send(frames.encode(channel, frames.CONTROL, messages.dump(message)))
+            self._outbox.send(frames.encode(channel, frames.CONTROL, messages.dump(message)), patient=patient)
         except OSError as error:
             raise self._lost(str(error)) from None
 
@@ -248,14 +248,14 @@ class Session:
 
     def ship_late_part(self) -> None:
         """Send the parts that only some requests need, ahead of the first such request: costs no round trip."""
-        with self._lock:
+        with self.ship_lock:
             if self._late_sent:
                 return
+            request, number, _ = self.next_request()
+            self.finish(request)
+            body, segments = plain.pack(built().late(), "part", number)
+            self.send_body(messages.Part(id=request, body=body), number, segments)
             self._late_sent = True
-        request, number, _ = self.next_request()
-        self.finish(request)
-        body, segments = plain.pack(built().late(), "part", number)
-        self.send_body(messages.Part(id=request, body=body), number, segments)
 
     def _check(self) -> None:
         if self.error is not None:
@@ -353,17 +353,16 @@ class Session:
             threading.Thread(target=self._answer_part, daemon=True, name=f"zerodeploy-part-{self.host}").start()
             return
         if isinstance(message, messages.SetupFailed):
-            error = AgentDidNotStart(
-                f"the set-up failed: {fields['message']}\n{fields['traceback']}", host=self.host, stage="start"
-            )
-            self.setup_error = error
-            self._fail(error)
+            text = f"the set-up failed: {fields['message']}\n{fields['traceback']}"
+            self._fail(AgentDidNotStart(text, host=self.host, stage="start"))
             return
         reply = self._waiting.get(fields.get("re") or 0)
+        body = fields.get("body") or {}
         if reply is None:
+            if body.get("sizes"):  # nobody waits for it any more: the far side must not wait for us to read it
+                self.send(frames.encode(int(body["channel"]), frames.RESET, b"nobody waits for it"))
             return
-        body = fields.get("body")
-        if body and body.get("sizes"):
+        if body.get("sizes"):
             self.channels.open(int(body["channel"]))  # before the frames that follow
         if isinstance(message, messages.Exited):
             self.exit_of(fields["re"]).resolve(message)
@@ -409,13 +408,10 @@ class Session:
             case messages.Error() if fields["re"] is None:
                 self._fail(ProtocolError(f"the far side said: {fields['message']}", host=self.host))
             case messages.Error() | messages.State():
-                reply = self._waiting.get(fields["re"])
-                if reply is not None:
+                if (reply := self._waiting.get(fields["re"])) is not None:
                     reply.resolve(message)
             case messages.Dropped():
                 _log.warning("%s: %d bytes of %s were dropped, they came too fast", self.host, fields["count"], fields["stream"])
-            case _:
-                pass
 
     def _ended(self) -> None:
         """The far side closed its output: classify, once it has really ended."""
@@ -426,7 +422,9 @@ class Session:
         running.let_go()
         status = running.wait(0.5 if self.terminated is not None else 2.0)
         while self.reader.drain_stderr():
-            if not select.select([running.stderr], [], [], 0.05)[0]:
+            poll = select.poll()  # select.select takes no descriptor above 1023
+            poll.register(running.stderr, select.POLLIN)
+            if not poll.poll(50):
                 break
         stderr = self.stderr_text()
         if was == control.CONNECTING:
@@ -446,8 +444,8 @@ class Session:
         elif self._closing or self.terminated is not None:
             error = LinkLost("the deployment is closed", host=self.host)
         else:
-            said = f"; ssh said: {tail(stderr)}" if stderr.strip() else ""
-            error = LinkLost(f"the link broke off (exit status {status}){said}", host=self.host)
+            said = self.link.aftermath() or (f"ssh said: {tail(stderr)}" if stderr.strip() else "ssh said nothing")
+            error = LinkLost(f"the link broke off (exit status {status}); {said}", host=self.host)
         self._fail(error)
 
     # ending
@@ -469,9 +467,16 @@ class Session:
         if end:
             self._over.set()
             self._outbox.close()
-            self.reader.stop()
-            if self.running is not None:
-                self.running.end()
+            self.reader.retire()
+
+    def say_goodbye(self, grace_s: float = 0.0) -> None:
+        """Ask the far side to end, without waiting for it: `close` does that. Once is enough."""
+        if self._goodbye_said or os.getpid() != self.pid or self.running is None or self._over.is_set():
+            return
+        self._goodbye_said = True
+        with contextlib.suppress(OSError, ZeroDeployError):
+            goodbye = messages.dump(messages.Terminate(grace=grace_s))
+            self._outbox.send(frames.encode(KEEPER_CHANNEL, frames.CONTROL, goodbye), patient=False)
 
     def close(self, timeout_s: float | None = None, grace_s: float = 0.0) -> None:
         """End the session in order: the far side stops what it runs, clears itself away and says so. Twice is fine."""
@@ -481,12 +486,9 @@ class Session:
             if not self._closing:
                 self._closing = True
                 patience_s = (5.0 if timeout_s is None else timeout_s) + grace_s
-                with contextlib.suppress(OSError, ZeroDeployError):
-                    if not self._over.is_set():
-                        goodbye = messages.dump(messages.Terminate(grace=grace_s))
-                        self._outbox.send(frames.encode(KEEPER_CHANNEL, frames.CONTROL, goodbye), patient=False)
-                        if threading.current_thread() is not self.reader.thread:
-                            self._over.wait(patience_s)
+                self.say_goodbye(grace_s)
+                if threading.current_thread() is not self.reader.thread:
+                    self._over.wait(patience_s)
                 self._fail(LinkLost("the deployment is closed", host=self.host))
                 self.output.close()
                 self.reader.close()

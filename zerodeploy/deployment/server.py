@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import os
 import subprocess
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = ["DeployedServer"]
 TRANSPORTS = ("tunnel", "stdio", "unix")
 _DEFAULT_SERVER_CLASS = "rpyc.utils.server.ThreadedServer"
 _DEFAULT_SERVICE_CLASS = "rpyc.core.service.SlaveService"
+_EXIT_LIMIT_S = 2.0
 _open: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
@@ -53,6 +55,9 @@ class DeployedServer:
         on_output: called as ``on_output(stream, data)`` with ``"stdout"`` or ``"stderr"`` and bytes, from a thread of its
             own; default: the client's ``sys.stdout`` and ``sys.stderr``.
         tmpdir: a directory of the host to try first for the private one.
+        via: another deployment, whose host makes the connection to this one's sshd and relays its bytes: for hosts that only
+            that one can reach, at no login there. Name resolution and reach are that host's; ssh_config, keys, known_hosts
+            and encryption stay here, end to end. Takes the place of a ProxyJump. When it is closed, this is lost.
         trust_remote: let the host import and run code here over classic connections, and read pickles that it sends.
 
     Raises:
@@ -76,6 +81,7 @@ class DeployedServer:
         connect_timeout: float = 30.0,
         on_output: Callable[[str, bytes], None] | None = None,
         tmpdir: str | None = None,
+        via: DeployedServer | None = None,
         trust_remote: bool = False,
     ) -> None:
         self._session: Session | None = None
@@ -84,6 +90,9 @@ class DeployedServer:
         _check(transport, keepalive, connect_timeout, tmpdir, server_class, service_class, extra_setup)
         self.remote_machine = remote_machine
         link = resolve(remote_machine)
+        if via is not None:
+            link = _through(link, via, float(connect_timeout))
+        self._via = via  # it must outlive us, or our link breaks
         setup = _setup(link, server_class, service_class, extra_setup, trust_remote)
         eager = bool(extra_setup) or server_class != _DEFAULT_SERVER_CLASS or service_class != _DEFAULT_SERVICE_CLASS
         self._wanted_transport = transport or link.default_transport
@@ -131,22 +140,22 @@ class DeployedServer:
         return None if self._session is None else self._session.error
 
     @property
-    def summary(self) -> str:
-        """What is known of the host without asking it: Python, private directory, seconds of the login."""
-        greeting = None if self._session is None else self._session.greeting
-        if greeting is None or self._session is None:
-            return "starting"
-        known = vars(greeting)
-        return f"Python {known['python']}, {known['private_dir']}, login {self._session.phases.get('login', 0.0):.2f} s"
+    def summary(self) -> dict[str, str]:
+        """What is known of the host without asking it: Python, private directory."""
+        greeting = vars(self._live_session.greeting)
+        return {"Python": greeting["python"], "directory": greeting["private_dir"]}
+
+    @property
+    def login_seconds(self) -> float:
+        """How long the login took, until the host's Python ran."""
+        return self._live_session.phases.get("login", 0.0)
 
     def _repr_html_(self) -> str:
         """What is known; asks nobody."""
-        from html import escape
+        from zerodeploy.deployment.results import Result, Table
 
-        state = "open" if not self.closed else f"closed: {self.lost}"
-        host = self._session.host if self._session is not None else "?"
-        cells = "".join(f"<td>{escape(text)}</td>" for text in (host, state, self.summary))
-        return f"<table><tr><th>host</th><th>status</th><th>what</th></tr><tr>{cells}</tr></table>"
+        row = Result(self.host, self.summary, None if not self.closed else self.lost, self.login_seconds)
+        return Table([row], good="open")._repr_html_()
 
     @property
     def proc(self) -> Any:
@@ -354,6 +363,15 @@ def _check(transport: str | None, keepalive: float, connect_timeout: float, tmpd
             raise UsageError(f"{dotted!r} is no dotted name of a class, as in {_DEFAULT_SERVER_CLASS!r}")
 
 
+def _through(link: Link, via: object, connect_timeout_s: float) -> Link:
+    if not isinstance(via, DeployedServer):
+        raise UsageError(f"via= is a DeployedServer that is open, not {via!r}")
+    session = via._client_now.session
+    from zerodeploy.control.relay import Door
+
+    return link.through(lambda: Door(session, connect_timeout_s))
+
+
 def _setup(link: Link, server_class: str, service_class: str, extra_setup: str, trust: bool) -> dict[str, object]:
     return {
         "server_class": server_class, "service_class": service_class, "extra_setup": extra_setup, "trust": trust,
@@ -386,9 +404,16 @@ def _close_session(session: Session, pid: int) -> None:
 
 
 def _close_all() -> None:
-    """At interpreter exit: the hosts are cleared, whatever was forgotten."""
-    for session in list(_open):
-        session.close(2.0)
+    """At interpreter exit: the hosts are cleared, whatever was forgotten. All together: one that is silent holds nobody up.
+
+    Without threads: Python 3.12 and later start none any more by then.
+    """
+    sessions = [session for session in list(_open) if session.error is None]
+    for session in sessions:
+        session.say_goodbye()
+    until = time.monotonic() + _EXIT_LIMIT_S
+    for session in sessions:
+        session.close(max(0.0, until - time.monotonic()))
 
 
 atexit.register(_close_all)

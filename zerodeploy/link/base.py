@@ -7,9 +7,10 @@ import shlex
 import signal
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from zerodeploy.errors import ForwardingRefused, HostUnreachable, ZeroDeployError
+from zerodeploy.errors import ForwardingRefused, HostUnreachable, UsageError, ZeroDeployError
 
 __all__ = ["Link", "Running"]
 
@@ -60,8 +61,17 @@ class Running:
     def let_go(self) -> None:
         """Drop what would keep the command from ending by itself, now that the far side has ended."""
 
-    def end(self, patience_s: float = 0.5) -> None:
-        """End it: SIGTERM (OpenSSH then removes its control socket), after *patience_s* SIGKILL. Twice is fine."""
+    def end(self) -> None:
+        """End it and give its descriptors back. Only while nobody reads or writes them."""
+        self.stop()
+        self.close()
+
+    def stop(self, patience_s: float = 0.5) -> None:
+        """End it: SIGTERM (OpenSSH then removes its control socket), after *patience_s* SIGKILL. Twice is fine.
+
+        The descriptors stay: whoever reads them sees their end. Closed here, their numbers could be another link's by
+        the time that a reader uses them.
+        """
         for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, 2.0)):
             if self.proc.poll() is not None:
                 break
@@ -70,6 +80,9 @@ class Running:
             except (ProcessLookupError, PermissionError):
                 self.proc.kill()
             self.wait(wait_s)
+
+    def close(self) -> None:
+        """Give the descriptors back. Only while nobody reads or writes them. Twice is fine."""
         for stream in (self.proc.stdin, self.proc.stdout, self.proc.stderr):
             if stream:
                 stream.close()
@@ -90,6 +103,15 @@ class Running:
         raise ForwardingRefused("this kind of link forwards no sockets")
 
 
+class Proxy(Protocol):
+    """Makes one connection for ssh. ``options`` are ssh's, ``failure`` says why there is no connection."""
+
+    options: list[str]
+    failure: str
+
+    def close(self) -> None: ...
+
+
 class Link(ABC):
     """How to reach one host."""
 
@@ -108,6 +130,14 @@ class Link(ABC):
     def explain(self, status: int | None, stderr: str, waited_s: float) -> ZeroDeployError | None:
         """The typed error for a start that ended before the far side spoke; None when it is not the link's fault."""
         return None
+
+    def aftermath(self) -> str:
+        """What the link itself knows of its end, when it was lost; empty when nothing."""
+        return ""
+
+    def through(self, make_proxy: Callable[[], Proxy]) -> Link:
+        """The same link, but its connections are made by proxies of *make_proxy*: a new one for each start."""
+        raise UsageError(f"{self.label}: via= takes host strings; this kind of link has a connection of its own")
 
     def unreachable(self, text: str) -> HostUnreachable:
         return HostUnreachable(text, host=self.label)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import ipaddress
 import os
 import re
 import secrets
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from zerodeploy.errors import ForwardingRefused, UsageError, ZeroDeployError
-from zerodeploy.link.base import Link, Running, login_shell_line
+from zerodeploy.link.base import Link, Proxy, Running, login_shell_line
 from zerodeploy.link.failures import classify
 from zerodeploy.link.sshmux import MuxClient
 
@@ -103,6 +104,8 @@ class OpenSSHLink(Link):
         self._options = list(options)
         self._batch = batch
         self._pass_fds: tuple[int, ...] = ()
+        self._make_proxy: Callable[[], Proxy] | None = None
+        self._proxy: Proxy | None = None
 
     @classmethod
     def to(cls, text: str, *, ssh_options: Sequence[str] = ()) -> OpenSSHLink:
@@ -123,25 +126,45 @@ class OpenSSHLink(Link):
         argv += ["-o", f"ConnectTimeout={max(1, int(connect_timeout_s))}", "-o", "LogLevel=ERROR",
                  "-o", "RemoteCommand=none", "-o", "PermitLocalCommand=no"]  # fmt: skip
         argv += [*self._options, "--", self.destination, login_shell_line(script)]
+        proxy: Proxy | None = None
         try:
-            return SshRunning(argv, control, pass_fds=self._pass_fds)
-        except FileNotFoundError:
-            raise self.unreachable(f"there is no {self._argv[0]!r} command on this machine; install an OpenSSH client") from None
-        except OSError as error:
-            raise self.unreachable(f"{self._argv[0]!r} could not be started: {error}") from error
+            if self._make_proxy is not None:
+                proxy = self._proxy = self._make_proxy()
+                argv[1:1] = proxy.options  # before all of the user's: ssh takes the first
+            return SshRunning(argv, control, pass_fds=self._pass_fds, proxy=proxy)
+        except BaseException as error:
+            if proxy is not None:
+                proxy.close()
+            if isinstance(error, FileNotFoundError):
+                text = f"there is no {self._argv[0]!r} command on this machine; install an OpenSSH client"
+                raise self.unreachable(text) from None
+            if isinstance(error, OSError) and not isinstance(error, ZeroDeployError):
+                raise self.unreachable(f"{self._argv[0]!r} could not be started: {error}") from error
+            raise
 
     def _with_master(self, options: list[str]) -> list[str]:
         """The user's command and *options*, which make ssh a master with a control socket of ours."""
         return [*self._argv, *options]
 
+    def through(self, make_proxy: Callable[[], Proxy]) -> Link:
+        """See `Link.through`. Takes the place of a ProxyJump or ProxyCommand that the user's ssh_config has."""
+        link = copy.copy(self)
+        link._make_proxy = make_proxy
+        return link
+
+    def aftermath(self) -> str:
+        return self._proxy.failure if self._proxy is not None else ""
+
     def explain(self, status: int | None, stderr: str, waited_s: float) -> ZeroDeployError | None:
-        return classify(stderr, host=self.label, target=self.destination, waited_s=waited_s, settings=self._settings)
+        if self._proxy is not None and self._proxy.failure:
+            return self.unreachable(self._proxy.failure)
+        return classify(stderr, host=self.label, target=self.destination, waited_s=waited_s, settings=self.settings)
 
     def _ssh(self) -> list[str]:
         """The ssh command with the user's options."""
         return self._argv
 
-    def _settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, str]:
         """What ssh would do with this host (``ssh -G``); empty where it does not tell. Contacts nobody."""
         try:
             done = subprocess.run(
@@ -156,8 +179,9 @@ class OpenSSHLink(Link):
 class SshRunning(Running):
     """A running ssh that is its own multiplexing master."""
 
-    def __init__(self, argv: Sequence[str], control_path: str, *, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(self, argv: Sequence[str], control_path: str, *, pass_fds: Sequence[int] = (), proxy: Proxy | None = None) -> None:
         self._control_path = control_path
+        self._proxy = proxy
         self._mux: MuxClient | None = None
         self._mux_error = "ssh offers no control socket (ControlMaster)"
         self._local_paths: list[str] = []
@@ -202,11 +226,13 @@ class SshRunning(Running):
         if self._mux is not None:  # a master waits for its clients
             self._mux.close()
 
-    def end(self, patience_s: float = 0.5) -> None:
+    def stop(self, patience_s: float = 0.5) -> None:
         self.let_go()
-        super().end(patience_s)
+        super().stop(patience_s)
         for path in (self._control_path, *self._local_paths):
             _unlink(path)
+        if self._proxy is not None:
+            self._proxy.close()
 
 
 def _unlink(path: str) -> None:

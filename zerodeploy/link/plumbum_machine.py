@@ -5,15 +5,17 @@ plumbum is not imported here: who hands us a machine has it loaded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from zerodeploy.errors import ForwardingRefused, UsageError
-from zerodeploy.link.base import Link, Running, login_shell_line
+from zerodeploy.link.base import Link, Proxy, Running, login_shell_line
 from zerodeploy.link.openssh import OpenSSHLink
 
 _CHECK_LIMIT_S = 5.0
@@ -37,6 +39,10 @@ class SshMachineLink(OpenSSHLink):
         if "-p" in self._argv[:2] and self._batch is False:
             return self._start_with_password(script, connect_timeout_s)
         return super().start(script, connect_timeout_s=connect_timeout_s)
+
+    def through(self, make_proxy: Callable[[], Proxy]) -> Link:
+        """A machine object has its own connection already: `UsageError`."""
+        return Link.through(self, make_proxy)
 
     def _place(self) -> int:
         """Where the options of ssh begin: behind it, or behind sshpass -p … ssh."""
@@ -140,8 +146,13 @@ class ParamikoRunning(Running):
             return int(self.channel.exit_status)
         return None
 
-    def end(self, patience_s: float = 0.5) -> None:
+    def stop(self, patience_s: float = 0.5) -> None:
         self.channel.close()
+        for end in (self._ours_in, self._ours_out, self._ours_err):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
         for end in (self._ours_in, self._ours_out, self._ours_err):
             end.close()
 

@@ -56,10 +56,18 @@ class MuxClient:
                 raise ForwardingRefused(f"ssh could not listen on {listen} {listen_port or ''}: {reason}")
 
     def close(self) -> None:
-        self._socket.close()
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # whoever waits for an answer sees its end
+        except OSError:
+            pass
+        with self._lock:
+            self._socket.close()
 
     def _send(self, payload: bytes) -> None:
-        self._socket.sendall(struct.pack(">I", len(payload)) + payload)
+        try:
+            self._socket.sendall(struct.pack(">I", len(payload)) + payload)
+        except OSError as error:
+            raise ForwardingRefused(f"ssh does not listen on its control socket any more: {error}") from error
 
     def _receive(self) -> bytes:
         size = struct.unpack(">I", self._exactly(4))[0]
