@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -13,7 +14,7 @@ import pytest
 import zerodeploy
 from tests.conftest import Traces, client_process, kill, wait_until
 from zerodeploy import ClusterError, HostUnreachable, MapError, MultiServerDeployment, RemoteCallError, UsageError
-from zerodeploy.deployment.hosts import HostSpec, host_set
+from zerodeploy.deployment.hosts import HostSpec, fold, host_set
 from zerodeploy.testing import DelayProxy, SshServer, free_port
 
 
@@ -74,7 +75,14 @@ def test_results_come_as_hosts_answer(sshd):
         assert all(text in str(table) and text in table._repr_html_() for text in ("host", "status", "ok", dirs[2]))
         markup = dep.call(lambda: "<script>&").table()._repr_html_()
         assert "&lt;script&gt;&amp;" in markup and "<script>" not in markup
-        assert "Python 3." in dep._repr_html_() and "Python 3." in dep[0]._repr_html_()
+        for shown in (dep._repr_html_(), dep[0]._repr_html_()):
+            assert "<th>Python</th>" in shown and "<td>3." in shown and "<td>open</td>" in shown and dirs[0] in shown
+        rows = dep.call(lambda: {"load": 0.5, "<b>": [1]}).table()
+        assert "<th>load</th><th>&lt;b&gt;</th>" in rows._repr_html_() and "load" in str(rows) and "0.5" in str(rows)
+        assert "\\x1b[2J" in str(dep.call(lambda: "\x1b[2J").table())
+        assert "<td>hello</td>" in dep.run(["echo", "hello"]).table()._repr_html_()
+        late = dep.call("os:getpid")
+        wait_until(lambda: "still to answer" not in late._repr_html_(), 5, "what has arrived is shown without waiting for it")
 
 
 def test_remote_errors_and_timeouts_are_rows(sshd):
@@ -170,12 +178,12 @@ def test_map_goes_on_when_a_host_dies(sshd):
 
 def test_logins_that_sshd_drops_are_tried_again():
     with SshServer(["MaxStartups 1:90:3"]) as narrow:
-        with MultiServerDeployment(named(narrow, *[f"n{i}" for i in range(12)]), on_error="keep", max_parallel=12) as dep:
-            assert len(dep.call("os:getpid")) == 12
+        with MultiServerDeployment(named(narrow, *[f"n{i}" for i in range(6)]), on_error="keep", max_parallel=6) as dep:
+            assert len(dep.call("os:getpid")) == 6
             tries = dep.attempts
-            assert all(n in range(1, 5) for n in tries.values()) and len(tries) == 12
+            assert all(n in range(1, 6) for n in tries.values()) and len(tries) == 6
             assert max(tries.values()) > 1 or not dep.failed
-            assert all(dep.attempts[name] == 4 for name in dep.failed)
+            assert all(dep.attempts[name] == 5 for name in dep.failed)
 
 
 def test_deploy_timeout_bounds_the_start(sshd, room):
@@ -233,6 +241,134 @@ def test_threads_and_processes_per_host(sshd):
     wait_until(lambda: threading.active_count() <= before, 5, "all threads have ended")
 
 
+def test_hosts_are_asked_as_they_come_up(sshd):
+    with DelayProxy(sshd.port, rtt_s=0.2) as proxy:
+        far = named(sshd, "far", port=proxy.port)
+        with MultiServerDeployment([*far, *named(sshd, "near")], on_error="keep", wait=False) as dep:
+            assert dep.live == [] and dep.failed == {} and len(dep) == 0
+            rows = [row.host for row in dep.call("os:getpid", timeout=20)]
+            assert rows == ["near", "far"] and len(dep.live) == 2
+            assert all(row.value.stdout == "hi\n" for row in dep.run(["echo", "hi"], text=True))
+            dep.wait()
+            assert dep.map(where_and_twice, [1])[0][1] == 2
+    with pytest.raises(UsageError, match="wait=False needs"):
+        MultiServerDeployment(far, wait=False)
+
+
+def test_closing_breaks_off_what_is_on_its_way(sshd, room):
+    with DelayProxy(sshd.port) as proxy:
+        proxy.freeze()
+        hosts = named(sshd, "silent", port=proxy.port)
+        dep = MultiServerDeployment(hosts, on_error="keep", wait=False, tmpdir=room)
+        results = dep.call("os:getpid")
+        began = time.monotonic()
+        dep.close()
+        (row,) = results
+        assert not row.ok and time.monotonic() - began < 5
+    assert os.listdir(room) == []
+
+
+def test_run_on_all(sshd, tmp_path):
+    with MultiServerDeployment(named(sshd, "a", "b")) as dep:
+        done = dep.run(["sh", "-c", "cat; echo err >&2; exit 3"], input=b"\0\xff").values()
+        assert [(one.returncode, one.stdout, one.stderr) for one in done] == [(3, b"\0\xff", b"err\n")] * 2
+        assert all(isinstance(row.error, FileNotFoundError) for row in dep.run(["/no/such"]))
+        rows = dep.run(["sh", "-c", "echo so far; sleep 60 & wait"], timeout=0.5).ordered()
+        assert all(isinstance(row.error, subprocess.TimeoutExpired) and row.error.output == b"so far\n" for row in rows)
+        script = ("probe.py", b"import sys; print(sys.argv[1:], input())")
+        assert [row.value.stdout for row in dep.run(["x"], script=script, input="in", text=True)] == ["['x'] in\n"] * 2
+        assert [row.host for row in dep.run(["true"], hosts=["b"])] == ["b"]
+        assert dep.run(["pwd"], cwd="/", env={}, text=True)["a"].value.stdout == "/\n"
+        with pytest.raises(UsageError, match="list of words"):
+            dep.run("true")
+        with pytest.raises(UsageError, match="input is a str"):
+            dep.run(["cat"], input="text")
+
+
+def test_a_host_that_takes_no_input_holds_nobody_up(sshd):
+    """Its worker is stopped, its keeper answers: arguments that are larger than the window never arrive."""
+    with MultiServerDeployment(named(sshd, "stuck", "well"), keepalive=60) as dep:
+        assert len(dep.call("os:getpid").values()) == 2
+        kill(dep["stuck"].info.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        rows = {row.host: row for row in dep.call(len, bytes(12 << 20), timeout=1)}
+        assert rows["well"].value == 12 << 20 and isinstance(rows["stuck"].error, TimeoutError)
+        assert dep.map(len, [bytes(8 << 20)] * 2, timeout=1, retries=1) == [8 << 20] * 2
+        assert time.monotonic() - began < 15
+        assert not any(thread.name == "zerodeploy-bulk-stuck" for thread in threading.enumerate())
+
+
+def test_results_that_nobody_reads_are_not_kept(sshd):
+    with MultiServerDeployment(named(sshd, "a")) as dep:
+        for _ in range(50):
+            dep.call("os:getpid")
+        dep.call("os:getpid").values()
+        assert not dep[0]._live_session._waiting
+
+
+def test_hosts_of_a_call(sshd):
+    with MultiServerDeployment(named(sshd, "a", "b")) as dep:
+        assert [row.host for row in dep.call_with("os:getpid", hosts=["b", "b"])] == ["b"]
+        with pytest.raises(UsageError, match="c: no host of this deployment"):
+            dep.call_with("os:getpid", hosts=["a", "c"])
+
+
+def test_two_revive_at_once(sshd):
+    with MultiServerDeployment(named(sshd, "a", "b", "c")) as dep:
+        for server in dep:
+            kill(server.info.keeper_pid)
+        wait_until(lambda: len(dep.failed) == 3, 5, "the loss is noticed")
+        threads = [threading.Thread(target=dep.revive) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        rows = [dep.call("os:getpid", timeout=30).ordered() for _ in range(3)]
+        for thread in threads:
+            thread.join(30)
+        assert len(dep.live) == 3 and all(len(three) == 3 for three in rows)
+        assert len(set(dep.call("os:getpid").values())) == 3
+
+
+def test_a_set_up_that_does_not_end(sshd, room):
+    began = time.monotonic()
+    hosts = named(sshd, "a", "b")
+    setup = "import time; time.sleep(1000)"
+    with pytest.raises(ClusterError, match="the set-up did not end within"):
+        MultiServerDeployment(hosts, extra_setup=setup, deploy_timeout=2, tmpdir=room)
+    assert time.monotonic() - began < 8
+    wait_until(lambda: not os.listdir(room), 2, lambda: f"left: {os.listdir(room)}")
+
+
+def test_ctrl_c_before_a_host_is_up(sshd):
+    """It is not asked any more when it comes."""
+    with DelayProxy(sshd.port, rtt_s=0.3) as proxy:
+        hosts = named(sshd, "far", port=proxy.port)
+        with MultiServerDeployment(hosts, on_error="keep", wait=False) as dep:
+            mark = sshd.home / "asked"
+            rows = dep.run(["touch", str(mark)])
+            timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                list(rows)
+            assert [row.status for row in rows] == ["InterruptedError"]
+            dep.wait()
+            assert dep.call("os:path.exists", str(mark)).values() == [False]
+
+
+def test_a_forked_child_ends_nothing(sshd):
+    code = (
+        "import os, sys, time\nfrom zerodeploy import MultiServerDeployment\nfrom zerodeploy.deployment.hosts import HostSpec\n"
+        "setup = 'import time; time.sleep(1)'\n"
+        "dep = MultiServerDeployment([HostSpec('a', 'a', ('-F', sys.argv[1]))], on_error='keep', wait=False, extra_setup=setup)\n"
+        "while not dep._starting or not next(iter(dep._starting))._running: time.sleep(0.01)\ntime.sleep(0.5)\n"
+        "child = os.fork()\nif not child: sys.exit()\nos.waitpid(child, 0)\ndep.wait()\n"
+        "print(dep.classic_connect_all()[0].modules.os.getpid() == dep[0].info.pid)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, named(sshd, "a")[0].ssh_options[1]], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
 # host sets
 
 
@@ -252,10 +388,30 @@ def test_host_sets(given, names):
 
 
 @pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        (["web08", "web09", "web10", "db1"], "web[08-10], db1"), (["h9", "h10", "h12"], "h[9-10,12]"), (["a", "b"], "a, b"),
+        (["me@n1.x.org:22", "me@n2.x.org:22"], "me@n[1-2].x.org:22"), (["web1", "web01"], "web1, web01"), (["10.0.0.1"], "10.0.0.1"),
+        (["[::1]:22"], "[::1]:22"), (["me@corp@h1"], "me@corp@h1"),
+    ],
+)  # fmt: skip
+def test_folded_names_are_a_set_again(names, folded):
+    assert fold(names) == folded and sorted(spec.name for spec in host_set(folded)) == sorted(names)
+
+
+def test_several_in_one_string(tmp_path):
+    file = tmp_path / "hosts.yaml"
+    file.write_text(INVENTORY)
+    assert [spec.name for spec in host_set(f"a, b[1,3],@{file}:web,db")] == ["a", "b1", "b3", "web1", "web2", "web9", "db1"]
+    with pytest.raises(UsageError, match="a host is needed"):
+        host_set("a,,b")
+
+
+@pytest.mark.parametrize(
     ("given", "said"),
     [
         ([], "empty"), (["a", "b", "a"], "a given more than once"), ("web[3-1]", "goes down"), ("web[1-", "a range is"),
-        ("web[a-b]", "a range is"), ("n[1-99999]", "more than"), ("n[1-999]x[1-999]", "more than"), ("@/no/such/file", "can't be read"),
+        ("web[a-b]", "a range is"), ("n[1-99999]", "more than"), ("n[0-9999]x[0-9999]", "more than"), ("@/no/such/file", "can't be read"),
         (["ok", "-oProxyCommand=x", "also wrong host"], "(?s)begins with '-'.*spaces"), ([7], "is no host"), ("n[08-100]", "different width"),
     ],
 )  # fmt: skip
@@ -264,6 +420,13 @@ def test_mistakes_in_host_sets_are_told_before_anything_is_contacted(given, said
         host_set(given)
     with pytest.raises(ValueError, match=said):
         MultiServerDeployment(given)
+
+
+@pytest.mark.parametrize(("options", "error"), [({"keepalive": -1}, UsageError), ({"no_such": 1}, TypeError)])
+def test_mistakes_in_options_are_the_caller_s(sshd, room, options, error):
+    with pytest.raises(error, match=r"keepalive|no_such"):
+        MultiServerDeployment(named(sshd, "a", "b"), on_error="keep", tmpdir=room, **options)
+    assert os.listdir(room) == []
 
 
 def test_duplicates_on_purpose(sshd):
@@ -302,7 +465,7 @@ def test_inventory(tmp_path):
         ("web1", "me@web1", "web"), ("web2", "me@web2", "web"), ("web9", "other@web9:2222", "web"), ("db1", "me@db1", "db"),
     ]  # fmt: skip
     key = os.path.expanduser("~/.ssh/k")
-    assert specs[0].ssh_options == ("-i", key, "-J", "bastion") and specs[3].ssh_options == ("-i", key)
+    assert specs[0].ssh_options == ("-i", key, "-o", "ProxyJump=bastion") and specs[3].ssh_options == ("-i", key)
     assert specs[3].options == {"python_executable": "/opt/py/bin/python3", "transport": "stdio"}
     assert [spec.name for spec in host_set(f"@{file}:db")] == ["db1"]
 
@@ -329,3 +492,54 @@ def test_unknown_group(tmp_path):
     file.write_text(INVENTORY)
     with pytest.raises(UsageError, match="no group wbe; it has web, db"):
         host_set(f"@{file}:wbe")
+
+
+def bulk_from(place, size):
+    import os
+
+    return bytes(size) if os.environ["ZERODEPLOY_DIR"] == place else size
+
+
+def test_a_bulk_of_one_host_holds_no_other_row_up(sshd):
+    with DelayProxy(sshd.port, rtt_s=0.4) as proxy:  # ssh's window of 2 MiB each
+        slow = named(sshd, "slow", port=proxy.port)
+        with MultiServerDeployment([*slow, *named(sshd, "quick")]) as dep:
+            place = dep["slow"].info.private_dir
+            rows = [(row.host, row.value if row.host == "quick" else len(row.value)) for row in dep.call(bulk_from, place, 3 << 20)]
+            assert rows == [("quick", 3 << 20), ("slow", 3 << 20)]
+
+
+def test_a_bulk_that_nobody_waits_for_is_not_kept(sshd):
+    """The host is told that nobody reads it, and its thread is free again."""
+    with MultiServerDeployment(named(sshd, "a")) as dep:
+        rows = dep.call(late_bulk, 13 << 20, timeout=0.2).ordered()
+        assert isinstance(rows[0].error, TimeoutError)
+        wait_until(lambda: dep[0].call("os:path.exists", f"{dep[0].info.private_dir}/made"), 10, "it returns all the same")
+        wait_until(lambda: not dep[0].call(writers), 10, "the thread that had the answer is free")
+
+
+def late_bulk(size):
+    import os
+    import time
+
+    until = time.monotonic() + 0.7
+    while time.monotonic() < until:
+        try:
+            time.sleep(0.05)
+        except KeyboardInterrupt:
+            pass  # it does not stop when it is told to
+    with open(os.environ["ZERODEPLOY_DIR"] + "/made", "w"):
+        return bytes(size)
+
+
+def writers():
+    import sys
+    import time
+
+    time.sleep(0.05)
+    found = []
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            found.append(frame.f_code.co_name)
+            frame = frame.f_back
+    return found.count("tell_body")

@@ -15,6 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -343,6 +344,31 @@ def cluster(bench: Bench, far: Bench, n: int, hosts: int = 16) -> None:
     bench.record({"measure": "cluster RSS", "mib": int(done.stdout) / 1024})
 
 
+def frozen(server: SshServer, out: Path, hosts: int = 16, keepalive_s: float = 1.0) -> None:
+    """All links go silent at once: seconds until both sides have noticed, and cleared everything away."""
+    limit_s = 3 * keepalive_s + 2
+    with DelayProxy(server.port) as proxy, tempfile.TemporaryDirectory() as room:
+        bench = Bench(server, server.write_config(server.root / "config-frozen", proxy.port), out)
+        specs = [HostSpec(f"z{index}", server.alias, ("-F", str(bench.config))) for index in range(hosts)]
+        with MultiServerDeployment(specs, keepalive=keepalive_s, tmpdir=room) as dep:
+            dep.call("os:getpid").values()
+            assert len(os.listdir(room)) == hosts
+            began = time.perf_counter()
+            proxy.freeze()
+            noticed: dict[str, float] = {}
+            while len(noticed) < 2 and time.perf_counter() - began < 60:
+                if not dep.live:
+                    noticed.setdefault("client", time.perf_counter() - began)
+                if not os.listdir(room):
+                    noticed.setdefault("hosts", time.perf_counter() - began)
+                time.sleep(0.01)
+    near_s, far_s = noticed.get("client", float("inf")), noticed.get("hosts", float("inf"))
+    print(
+        f"{hosts} links frozen at once, keepalive {keepalive_s:g} s: client {near_s:.2f} s, all hosts clear {far_s:.2f} s (limit {limit_s:g})"
+    )
+    bench.record({"measure": "frozen links", "client_s": near_s, "hosts_s": far_s, "limit_s": limit_s})
+
+
 def connections(bench: Bench, rtt_s: float, n: int) -> None:
     print(f"\nclassic_connect + first conn.modules.os.getpid() beyond ready, RTT {rtt_s * 1e3:.0f} ms")
     for transport in ("tunnel", "stdio", "unix"):
@@ -392,6 +418,7 @@ def main() -> None:
             with DelayProxy(server.port, rtt_s=0.1) as proxy:
                 far = Bench(server, server.write_config(server.root / "config-far-cluster", proxy.port), options.out)
                 cluster(near, far, max(3, options.rounds // 3))
+            frozen(server, options.out)
         if options.only in (None, "far"):
             with DelayProxy(server.port, rtt_s=0.1) as proxy:
                 far = Bench(server, server.write_config(server.root / "config-far", proxy.port), options.out)

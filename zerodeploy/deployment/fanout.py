@@ -5,13 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from zerodeploy.errors import HostUnreachable, NotShippable, ZeroDeployError
-from zerodeploy.link.base import Link, Running
+from zerodeploy.link.base import Link, Proxy, Running
 
-__all__ = ["Watched", "cause", "in_parallel", "is_the_callers", "was_dropped"]
+__all__ = ["Watched", "allow_files", "cause", "fan_out", "in_parallel", "is_the_callers", "was_dropped"]
 
+_Argument = TypeVar("_Argument")
 # what ssh says when sshd dropped the connection unauthenticated: MaxStartups, a full backlog
 _DROPPED = ("kex_exchange_identification", "ssh_exchange_identification", "Connection reset by", "Connection closed by")
 
@@ -31,25 +32,34 @@ class Watched(Link):
             raise self.unreachable("the deployment was cancelled")
         self._running = self._link.start(script, connect_timeout_s=connect_timeout_s)
         if self._given_up:
-            self._running.end()
+            self._running.stop()
         return self._running
 
     def give_up(self) -> None:
         self._given_up = True
         if self._running is not None:
-            self._running.end()
+            self._running.stop()
+
+    def through(self, make_proxy: Callable[[], Proxy]) -> Link:
+        self._link = self._link.through(make_proxy)
+        return self
+
+    def aftermath(self) -> str:
+        return self._link.aftermath()
 
     def explain(self, status: int | None, stderr: str, waited_s: float) -> ZeroDeployError | None:
         return self._link.explain(status, stderr, waited_s)
 
 
-def in_parallel(function: Callable[[Any], Any], arguments: Sequence[Any], width: int) -> Iterator[Any]:
-    """Run *function* on each, in *width* daemon threads; yields each argument when it is done. Raises what one raised.
+def fan_out(
+    function: Callable[[_Argument], Any], arguments: Sequence[_Argument], width: int
+) -> queue.SimpleQueue[tuple[_Argument, BaseException | None]]:
+    """Run *function* on each, in *width* daemon threads. Gives where each argument arrives when it is done, and what it raised.
 
     Not concurrent.futures: its threads are waited for when the interpreter, or a notebook's kernel, ends.
     """
-    todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[_Argument] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[_Argument, BaseException | None]] = queue.SimpleQueue()
     for argument in arguments:
         todo.put(argument)
 
@@ -68,6 +78,12 @@ def in_parallel(function: Callable[[Any], Any], arguments: Sequence[Any], width:
 
     for _ in range(min(width, len(arguments))):
         threading.Thread(target=work, daemon=True, name="zerodeploy-fan-out").start()
+    return done
+
+
+def in_parallel(function: Callable[[_Argument], Any], arguments: Sequence[_Argument], width: int) -> Iterator[_Argument]:
+    """`fan_out` that yields each argument when it is done. Raises what one raised."""
+    done = fan_out(function, arguments, width)
     for _ in arguments:
         argument, error = done.get()
         if error is not None:
@@ -88,3 +104,18 @@ def was_dropped(error: Exception) -> bool:
 def is_the_callers(error: BaseException) -> bool:
     """Whether it is the call that is wrong, and not one host."""
     return isinstance(error, NotShippable)
+
+
+def allow_files(count: int) -> None:
+    """Raise the soft limit of open files, where *count* more would not go: 1024 is the common default."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        except (OSError, ValueError):
+            pass  # then a host fails by its own error

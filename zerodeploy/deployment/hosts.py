@@ -3,7 +3,7 @@
 A host set is a host, or a list of hosts and host sets:
 
 - what `DeployedServer` takes: a string, a plumbum machine, a Link
-- a string with ranges: ``web[01-16].example.org``, ``rack[1-3]n[1,2,7-9]``
+- a string with ranges: ``web[01-16].example.org``, ``rack[1-3]n[1,2,7-9]``; several with commas: ``web1,db[1-2],@more.txt``
 - ``@hosts.txt``: a file with one host or range per line, ``#`` begins a comment
 - ``@hosts.yaml`` or ``@hosts.yaml:web,db``: an inventory, or groups of it
 
@@ -18,8 +18,8 @@ An inventory::
         hosts: [db1]
         python: /opt/python3.12/bin/python3
 
-The options are ``user``, ``port``, ``keyfile``, ``python``, ``transport`` and ``jump`` (ssh's ProxyJump); a host's own win
-over its group's, and those over the defaults.
+The options are ``user``, ``port``, ``keyfile``, ``python``, ``transport``, ``jump`` (ssh's ProxyJump) and ``ssh_config`` (a
+file, as ssh's -F); a host's own win over its group's, and those over the defaults.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,12 +36,13 @@ from zerodeploy.link.base import Link
 from zerodeploy.link.openssh import OpenSSHLink, parse_target
 from zerodeploy.link.resolve import resolve
 
-__all__ = ["HostSpec", "host_set"]
+__all__ = ["HostSpec", "fold", "host_set", "unique_names"]
 
 _MOST_HOSTS = 10_000  # of one range: more is a typo
 _RANGE = re.compile(r"\[(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\]")
+_LAST_NUMBER = re.compile(r"^([^.:@]*?(?:[^.:@]*@)?[^.:@]*?)(\d*)((?:[.:].*)?)$", re.DOTALL)  # of the name's first part
 _OPTIONS: dict[str, type | tuple[type, ...]] = {
-    "user": str, "port": int, "keyfile": str, "python": str, "transport": str, "jump": str,
+    "user": str, "port": int, "keyfile": str, "python": str, "transport": str, "jump": str, "ssh_config": str,
 }  # fmt: skip
 _TRANSPORTS = ("tunnel", "stdio", "unix")
 
@@ -95,11 +96,12 @@ def _expand(hosts: object) -> Iterable[HostSpec]:
     if isinstance(hosts, HostSpec):
         yield hosts
     elif isinstance(hosts, str):
-        if hosts.startswith("@"):
-            yield from _from_file(hosts[1:])
-        else:
-            for name in _range(hosts):
-                yield HostSpec(name, name)
+        for one in _parts(hosts):
+            if one.startswith("@"):
+                yield from _from_file(one[1:])
+            else:
+                for name in _range(one):
+                    yield HostSpec(name, name)
     elif isinstance(hosts, Iterable) and not isinstance(hosts, Link | bytes | Mapping) and not hasattr(hosts, "session"):
         for one in hosts:
             yield from _expand(one)
@@ -108,15 +110,59 @@ def _expand(hosts: object) -> Iterable[HostSpec]:
         yield HostSpec(hosts.label if isinstance(hosts, Link) else str(hosts), hosts)
 
 
+def unique_names(names: list[str]) -> list[str]:
+    """Names that tell hosts apart which were given twice on purpose: host, host#2, …"""
+    seen: dict[str, int] = {}
+    unique = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return unique
+
+
+def _parts(text: str) -> list[str]:
+    """*text* at its commas, but for those in ranges and behind an ``@``, where groups of an inventory may follow."""
+    parts, depth, start = [], 0, 0
+    for at, char in enumerate(text):
+        depth += (char == "[") - (char == "]")
+        if char == "," and depth == 0 and not text.startswith("@", start):
+            parts.append(text[start:at])
+            start = at + 1
+    return [part.strip() for part in (*parts, text[start:])] if parts else [text]
+
+
+def fold(names: Sequence[str]) -> str:
+    """*names* for people, numbers as ranges: ``db1, web[01-16]``. What it gives is a host set again."""
+    groups: dict[tuple[str, str, int], list[int]] = {}
+    cut = [found.groups() if (found := _LAST_NUMBER.match(name)) else (name, "", "") for name in names]
+    padded = {(head, tail, len(number)) for head, number, tail in cut if number.startswith("0")}
+    for name, (head, number, tail) in zip(names, cut, strict=True):
+        width = len(number) if (head, tail, len(number)) in padded else 0
+        groups.setdefault((head, tail, width) if number else (name, "", -1), []).append(int(number or 0))
+    folded = []
+    for (head, tail, width), numbers in groups.items():
+        runs: list[list[int]] = []
+        for number in sorted(set(numbers)):
+            if runs and number == runs[-1][1] + 1 and len(str(number).zfill(width)) >= len(str(runs[-1][0]).zfill(width)):
+                runs[-1][1] = number
+            else:
+                runs.append([number, number])
+        texts = [str(a).zfill(width) if a == b else f"{str(a).zfill(width)}-{str(b).zfill(width)}" for a, b in runs]
+        only = len(runs) == 1 and runs[0][0] == runs[0][1]
+        folded.append(head if width < 0 else f"{head}{texts[0]}{tail}" if only else f"{head}[{','.join(texts)}]{tail}")
+    return ", ".join(folded)
+
+
 def _range(text: str) -> list[str]:
     """*text* with its ranges written out, the last one fastest."""
     names = [""]
     at = 0
     for found in _RANGE.finditer(text):
         between = text[at : found.start()]
-        names = [name + between + number for name in names for number in _numbers(found[1], text)]
-        if len(names) > _MOST_HOSTS:
+        numbers = _numbers(found[1], text)
+        if len(names) * len(numbers) > _MOST_HOSTS:
             raise UsageError(f"{text!r} means more than {_MOST_HOSTS} hosts")
+        names = [name + between + number for name in names for number in numbers]
         at = found.end()
     rest = text[at:]
     if ("[" in rest or "]" in rest) and ":" not in rest:  # [::1]:22 is an address
@@ -224,10 +270,12 @@ def _spec(host: str, options: dict[str, object], group: str) -> HostSpec:
     bare = f"[{target.host}]" if ":" in target.host else target.host
     text = (f"{user}@" if user else "") + bare + (f":{port}" if port else "")
     ssh: list[str] = []
+    if "ssh_config" in options:
+        ssh += ["-F", os.path.expanduser(str(options["ssh_config"]))]
     if "keyfile" in options:
         ssh += ["-i", os.path.expanduser(str(options["keyfile"]))]
     if "jump" in options:
-        ssh += ["-J", str(options["jump"])]
+        ssh += ["-o", f"ProxyJump={options['jump']}"]  # not -J, which may not stand beside via's ProxyCommand
     keywords: dict[str, object] = {}
     if "python" in options:
         keywords["python_executable"] = options["python"]

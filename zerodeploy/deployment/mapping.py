@@ -10,18 +10,21 @@ from typing import Any
 
 from zerodeploy.control.client import PendingCall
 from zerodeploy.deployment.fanout import cause, is_the_callers
+from zerodeploy.deployment.progress import Progress
 from zerodeploy.deployment.server import DeployedServer
 from zerodeploy.errors import LinkLost, MapError, ZeroDeployError
 
-__all__ = ["Mapping"]
+__all__ = ["Mapped"]
 
 
-class Mapping:
+class Mapped:
     """One `map`: items that wait, and hosts that are free."""
 
     def __init__(
-        self, live: Callable[[], dict[str, DeployedServer]], function: Any, items: Sequence[Any], retries: int, timeout: float | None
+        self, live: Callable[[], dict[str, DeployedServer]], function: Any, items: Sequence[Any], retries: int, timeout: float | None,
+        progress: bool | None = False,
     ) -> None:  # fmt: skip
+        self._progress = Progress("items", {"": len(items)}, progress)
         self._live = live
         self._function, self._items, self._timeout = function, items, timeout
         self._tries_left = [retries + 1] * len(items)
@@ -35,10 +38,8 @@ class Mapping:
 
     def run(self, return_errors: bool) -> list[Any]:
         try:
-            while len(self.values) + len(self.errors) < len(self._items):
-                if not self._hand_out() and not self._running:
-                    break
-                self._take_answer()
+            with self._progress:
+                self._work()
         finally:
             for _, call, _ in self._running.values():
                 call.drop()
@@ -52,6 +53,12 @@ class Mapping:
                 hosts=self.hosts, values=self.values,
             )  # fmt: skip
         return [self.errors[index] if index in self.errors else self.values[index] for index in range(len(self._items))]
+
+    def _work(self) -> None:
+        while len(self.values) + len(self.errors) < len(self._items):
+            if not self._hand_out() and not self._running:
+                return
+            self._take_answer()
 
     def _hand_out(self) -> bool:
         """Give every free host an item. False when no host is live."""
@@ -71,7 +78,7 @@ class Mapping:
                 self._failed(index, name, error)
                 continue
             self._running[name] = index, call, time.monotonic()
-            call.reply.watch(lambda name=name, call=call: self._answers.put((name, call)))  # type: ignore[misc]
+            call.when_whole(lambda name=name, call=call: self._answers.put((name, call)))  # type: ignore[misc]
         return bool(live)
 
     def _take_answer(self) -> None:
@@ -81,7 +88,7 @@ class Mapping:
         if self._timeout is not None:
             wait_s = max(0.0, min(began for _, _, began in self._running.values()) + self._timeout - time.monotonic())
         try:
-            name, call = self._answers.get(timeout=wait_s)
+            name, call = self._progress.get(self._answers, wait_s)
         except queue.Empty:
             self._give_up_late_ones()
             return
@@ -93,6 +100,7 @@ class Mapping:
             self.values[known[0]] = call.value()
             self.errors.pop(known[0], None)
             self.hosts.pop(known[0], None)
+            self._progress.done("")
         except Exception as error:
             self._failed(known[0], name, error)
 
@@ -112,3 +120,4 @@ class Mapping:
             self._waiting.append(index)
         else:
             self.errors[index] = error
+            self._progress.done("", ok=False, last=f"item {index}: {type(error).__name__}")

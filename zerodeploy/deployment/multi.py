@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
+import inspect
 import os
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from zerodeploy.control.client import PendingCall
-from zerodeploy.deployment.fanout import Watched, cause, in_parallel, is_the_callers, was_dropped
-from zerodeploy.deployment.hosts import HostSpec, host_set
-from zerodeploy.deployment.mapping import Mapping
+from zerodeploy.control.functions import prepare
+from zerodeploy.deployment import commands
+from zerodeploy.deployment.fanout import Watched, allow_files, cause, fan_out, in_parallel, is_the_callers, was_dropped
+from zerodeploy.deployment.hosts import HostSpec, host_set, unique_names
+from zerodeploy.deployment.mapping import Mapped
+from zerodeploy.deployment.progress import Progress
 from zerodeploy.deployment.results import Result, Results, Table
 from zerodeploy.deployment.server import DeployedServer
 from zerodeploy.errors import ClusterError, HostUnreachable, LinkLost, UsageError, ZeroDeployError
@@ -25,8 +33,11 @@ _DEFAULT_SERVER_CLASS = "rpyc.utils.server.ThreadedServer"
 # A login costs about 50 ms of one core here (key exchange, mostly) and waits for the network the rest of the time: some
 # 8 round trips. So more than one per core pays, and hundreds at once only make each other wait for the cores.
 _LOGINS_PER_CORE = 8
-_LOGIN_TRIES = 4
+_LOGIN_TRIES = 5
 _BACK_OFF_S = 0.5
+_FILES_PER_HOST = 8  # 6 while it is live, and some during the start
+_all: weakref.WeakSet[MultiServerDeployment] = weakref.WeakSet()
+_ANSWER_S = 5.0  # for the answer of a command that was killed on its host after its own timeout
 
 
 class MultiServerDeployment:
@@ -41,6 +52,12 @@ class MultiServerDeployment:
         max_parallel: logins at a time. Default: 8 per core.
         deploy_timeout: seconds for the start of all of them together.
         allow_duplicates: take a host that is given twice as two.
+        wait: with False return at once; needs ``on_error="keep"``. `call` and `run` may be used right away and ask each host
+            as soon as it is up, `wait` waits for the starts.
+        progress: show what is waited for. Default: where standard error is a terminal, or in a notebook, once it takes half
+            a second.
+
+    For more hosts than the process may have open files for (8 each), the soft limit is raised towards the hard one.
 
     Raises:
         UsageError (a ValueError): the host set or an argument makes no sense. Nothing was contacted.
@@ -56,6 +73,8 @@ class MultiServerDeployment:
         max_parallel: int | None = None,
         deploy_timeout: float | None = None,
         allow_duplicates: bool = False,
+        wait: bool = True,
+        progress: bool | None = None,
         **options: Any,
     ) -> None:
         self._servers: dict[int, DeployedServer] = {}
@@ -63,21 +82,36 @@ class MultiServerDeployment:
         self._tries: dict[int, int] = {}
         if on_error not in ("raise", "keep"):
             raise UsageError(f'on_error is "raise" or "keep", not {on_error!r}')
+        if not wait and on_error == "raise":
+            raise UsageError('wait=False needs on_error="keep": nobody is there to raise it to')
         if max_parallel is not None and (not isinstance(max_parallel, int) or max_parallel < 1):
             raise UsageError(f"max_parallel is a number above 0, not {max_parallel!r}")
         if deploy_timeout is not None and not deploy_timeout > 0:
             raise UsageError(f"deploy_timeout is a number of seconds above 0, not {deploy_timeout!r}")
         self.remote_machines = remote_machines
         self._specs = host_set(remote_machines, allow_duplicates=allow_duplicates)
-        self._names = _unique([spec.name for spec in self._specs])
+        self._names = unique_names([spec.name for spec in self._specs])
         self._options = {"server_class": server_class, **options}
         self._parallel = max_parallel or _LOGINS_PER_CORE * (os.cpu_count() or 1)
         self._deploy_timeout = deploy_timeout
+        self._progress = progress
         self._starting: set[Watched] = set()
+        self._mistake: Exception | None = None  # an argument that no host can do anything with
+        self._coming: dict[int, list[Callable[[], None]]] = {}  # hosts on their way up, and what is to be done then
         self._lock = threading.Lock()
         self._over = False
+        self._ended = threading.Event()
+        self._reviving = threading.Lock()
+        self._pid = os.getpid()
+        self._places = {name: index for index, name in enumerate(self._names)}
+        inspect.signature(DeployedServer).bind(None, **self._options)  # a TypeError for what it does not take
+        allow_files(_FILES_PER_HOST * len(self._specs))
+        _all.add(self)
+        self._started = self._launch(range(len(self._specs)))
+        if not wait:
+            return
         try:
-            self._deploy(range(len(self._specs)))
+            self.wait()
         except BaseException:
             self.cancel()
             raise
@@ -89,21 +123,57 @@ class MultiServerDeployment:
 
     # starting
 
-    def _deploy(self, indices: Iterable[int]) -> None:
+    def _launch(self, indices: Iterable[int]) -> queue.SimpleQueue[tuple[int, BaseException | None]]:
         until = None if self._deploy_timeout is None else time.monotonic() + self._deploy_timeout
-        for _ in in_parallel(lambda index: self._deploy_one(index, until), list(indices), self._parallel):
-            pass
+        with self._lock:
+            todo = [index for index in indices if index not in self._coming]
+            self._coming.update({index: [] for index in todo})
+        return fan_out(lambda index: self._deploy_one(index, until), todo, self._parallel)
+
+    def wait(self) -> None:
+        """Until no host is on its way up any more. Raises what is wrong with the arguments, but no host's error."""
+        groups = Counter(spec.group for spec in self._specs)
+        with Progress("deploying", groups, self._progress if self._coming else False) as progress:
+            counted = {index for index in range(len(self._specs)) if index not in self._coming}
+            for index in counted:
+                progress.done(self._specs[index].group, self._is_live(index))
+            while self._coming:
+                try:
+                    index, _ = progress.get(self._started, 0.5)
+                except queue.Empty:  # another thread waits as well, and took it
+                    continue
+                if index in counted:
+                    continue
+                failed = self._errors.get(index)
+                last = "" if failed is None else f"{self._names[index]}: {type(failed).__name__}"
+                progress.done(self._specs[index].group, failed is None, last)
+        if self._mistake is not None:
+            raise self._mistake
 
     def _deploy_one(self, index: int, until: float | None) -> None:
+        try:
+            self._try_to_deploy(index, until)
+        except Exception as error:
+            self._errors[index] = self._mistake = error
+        finally:
+            with self._lock:
+                waiting = self._coming.pop(index, [])
+            for then in waiting:
+                then()
+
+    def _try_to_deploy(self, index: int, until: float | None) -> None:
         spec = self._specs[index]
         for attempt in range(1, _LOGIN_TRIES + 1):
             link = Watched(spec.link())
             with self._lock:
                 if self._over:
+                    self._errors[index] = LinkLost("the deployment is closed", host=spec.name)
                     return
                 self._starting.add(link)
             try:
                 server = self._start(link, spec, until)
+            except (UsageError, TypeError):
+                raise  # what the caller gave makes no sense, on no host
             except Exception as error:
                 self._tries[index] = attempt
                 if attempt == _LOGIN_TRIES or not was_dropped(error) or not self._back_off(attempt, until):
@@ -138,20 +208,27 @@ class MultiServerDeployment:
     def _back_off(self, attempt: int, until: float | None) -> bool:
         """Wait a while, each time longer and never in step with the others. False when there is no time left for that."""
         pause_s = _BACK_OFF_S * 2 ** (attempt - 1) * (0.5 + random.random())
-        if self._over or (until is not None and time.monotonic() + pause_s > until):
+        if until is not None and time.monotonic() + pause_s > until:
             return False
-        time.sleep(pause_s)
-        return not self._over
+        return not self._ended.wait(pause_s)
 
-    def revive(self) -> list[str]:
-        """Deploy again where it failed, at the start or later; gives the names of the hosts that are live again."""
-        dead = [index for index in range(len(self._specs)) if not self._is_live(index)]
-        for index in dead:
-            old = self._servers.pop(index, None)
-            if old is not None:
-                old.close(1.0)
-        self._deploy(dead)
-        return [self._names[index] for index in dead if self._is_live(index)]
+    def revive(self, *, wait: bool = True) -> list[str]:
+        """Deploy again where it failed, at the start or later; gives the names of the hosts that are live again.
+
+        With ``wait=False`` they are on their way then, as with the parameter of that name.
+        """
+        with self._reviving:
+            self.wait()
+            dead = [index for index in range(len(self._specs)) if not self._is_live(index)]
+            with self._lock:
+                lost = [server for index in dead if (server := self._servers.pop(index, None)) is not None]
+            for server in lost:
+                server.close(1.0)
+            self._mistake = None
+            self._started = self._launch(dead)
+            if wait:
+                self.wait()
+            return [self._names[index] for index in dead if self._is_live(index)]
 
     # what it is
 
@@ -162,7 +239,11 @@ class MultiServerDeployment:
     @property
     def servers(self) -> list[DeployedServer]:
         """The deployments that were made, in the order of the hosts given; empty after `close`."""
-        return [self._servers[index] for index in sorted(self._servers)]
+        return [server for _, server in self._made()]
+
+    def _made(self) -> list[tuple[int, DeployedServer]]:
+        with self._lock:  # others may close or revive meanwhile
+            return sorted(self._servers.items())
 
     @property
     def live(self) -> list[DeployedServer]:
@@ -170,7 +251,7 @@ class MultiServerDeployment:
         return [server for server in self.servers if not server.closed]
 
     def _live_by_name(self) -> dict[str, DeployedServer]:
-        return {self._names[index]: self._servers[index] for index in sorted(self._servers) if self._is_live(index)}
+        return {self._names[index]: server for index, server in self._made() if not server.closed}
 
     @property
     def hosts(self) -> list[str]:
@@ -180,14 +261,16 @@ class MultiServerDeployment:
     @property
     def failed(self) -> dict[str, Exception]:
         """The hosts that did not start or were lost since, each with its error."""
-        found: dict[str, Exception] = {}
-        for index, name in enumerate(self._names):
-            server = self._servers.get(index)
-            if server is None and index in self._errors:
-                found[name] = self._errors[index]
-            elif server is not None and server.closed and not self._over:
-                found[name] = server.lost or LinkLost("the deployment is closed", host=name)
-        return found
+        errors = ((name, self._failure(index)) for index, name in enumerate(self._names))
+        return {name: error for name, error in errors if error is not None}
+
+    def _failure(self, index: int) -> Exception | None:
+        server = self._servers.get(index)
+        if server is None:
+            return self._errors.get(index)
+        if server.closed and not self._over:
+            return server.lost or LinkLost("the deployment is closed", host=self._names[index])
+        return None
 
     @property
     def attempts(self) -> dict[str, int]:
@@ -214,13 +297,20 @@ class MultiServerDeployment:
         return f"<MultiServerDeployment of {len(self._names)} hosts, {len(self.live)} live>"
 
     def _repr_html_(self) -> str:
-        failed = self.failed
         rows = []
         for index, name in enumerate(self._names):
-            server = self._servers.get(index)
-            error = failed.get(name)
-            rows.append(Result(name, server.summary if server is not None and error is None else None, error))
-        return Table(rows)._repr_html_()
+            server, error = self._servers.get(index), self._failure(index)
+            if server is None and error is None:
+                error = LinkLost("the deployment is closed")
+            if index in self._coming:
+                continue
+            known = server.summary if server is not None and error is None else None
+            seconds = 0.0 if server is None else server.login_seconds
+            rows.append(Result(name, known, error, seconds, self._tries.get(index, 1)))
+        coming = len(self._coming)
+        return Table(rows, good="open")._repr_html_() + (
+            f"<p>{coming} of {len(self._names)} still on their way</p>" if coming else ""
+        )
 
     # connections
 
@@ -237,6 +327,7 @@ class MultiServerDeployment:
         return self._on_each(lambda server: server.classic_connect())
 
     def _on_each(self, function: Callable[[DeployedServer], Any]) -> list[Any]:
+        self.wait()
         made: dict[int, Any] = {}
         failed: list[Exception] = []
         servers = self.live
@@ -259,37 +350,94 @@ class MultiServerDeployment:
         """Run the same call on every host. All of them are asked at once; see `Results`.
 
         Hosts that failed at the start or since are rows with their errors. A host that does not answer within *timeout*
-        seconds is one with a `TimeoutError`; it is told to stop.
+        seconds is one with a `TimeoutError`; it is told to stop. Ctrl-C while rows are waited for stops the calls.
         """
-        began = time.monotonic()
+        return self.call_with(function, args, kwargs, timeout=timeout)
+
+    def call_with(self, function: Callable[..., Any] | str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
+                  timeout: float | None = None, hosts: Iterable[str] | None = None) -> Results:  # fmt: skip
+        """`call` on the hosts that are named only; default all."""
+        return self._ask(function, args, kwargs or {}, timeout, hosts, lambda value: value)
+
+    def run(self, argv: Sequence[str | os.PathLike[str]], *, input: str | bytes | None = None, text: bool = False,
+            timeout: float | None = None, env: Mapping[str, str] | None = None, cwd: str | os.PathLike[str] | None = None,
+            script: tuple[str, bytes] | None = None, hosts: Iterable[str] | None = None) -> Results:  # fmt: skip
+        """Run the same command on every host; values are `subprocess.CompletedProcess`, as of `DeployedServer.run`.
+
+        Args:
+            timeout: seconds for it on each host; then its process group is killed and the row has a
+                `subprocess.TimeoutExpired` with what it had written.
+            script: name and content of a Python script, which is run with *argv* as its arguments.
+        """
+        words, options = commands.arguments(argv, input=input, text=text, timeout=timeout, env=env, cwd=cwd, script=script)
+        patience_s = None if timeout is None else timeout + _ANSWER_S
+        return self._ask(
+            commands.remote_run, (words, options), {}, patience_s, hosts,
+            lambda value: commands.completed(words, value, text=text, timeout=timeout),
+        )  # fmt: skip
+
+    def _ask(self, function: Callable[..., Any] | str, args: Sequence[Any], kwargs: Mapping[str, Any], timeout: float | None,
+             hosts: Iterable[str] | None, shape: Callable[[Any], Any]) -> Results:  # fmt: skip
+        names = self._names if hosts is None else list(dict.fromkeys(hosts))
+        if unknown := [name for name in names if name not in self._places]:
+            raise UsageError(f"{', '.join(map(str, unknown[:5]))}: no host of this deployment")
+        prepare(function)  # what can't travel is told now, whatever becomes of the hosts
+        began = {name: time.monotonic() for name in names}
         rows: queue.SimpleQueue[Callable[[], Result]] = queue.SimpleQueue()
         pending: dict[str, PendingCall] = {}
-        failed = self.failed
-        for index, name in enumerate(self._names):
-            error: Exception | None = failed.get(name)
-            if error is None:
+        given_up: set[str] = set()
+        deadlines: list[tuple[float, str]] = []
+
+        def row(name: str, seconds: float, call: PendingCall | None = None, error: Exception | None = None) -> Result:
+            value = None
+            if call is not None:
                 try:
-                    pending[name] = self._servers[index].begin_call(function, args, kwargs)
-                    continue
-                except UsageError:
-                    raise
+                    value = shape(call.value())
+                except Exception as problem:
+                    error = problem
+            return Result(name, value, error, seconds, self._tries.get(self._places[name], 1))
+
+        def ask(name: str, *, here: bool) -> None:
+            index = self._places[name]
+            error = self._failure(index)
+            if name in given_up:
+                return
+            if error is None:
+                began[name] = time.monotonic()
+                if timeout is not None:
+                    deadlines.append((began[name] + timeout, name))
+                try:
+                    call = pending[name] = self._servers[index].begin_call(function, args, kwargs)
+                    call.when_whole(lambda: rows.put(partial(row, name, time.monotonic() - began[name], call)))
+                    return
                 except (ZeroDeployError, KeyError) as problem:
-                    if is_the_callers(problem):
-                        for call in pending.values():
-                            call.drop()
+                    if here and is_the_callers(problem):
                         raise
                     error = problem if isinstance(problem, ZeroDeployError) else LinkLost("the deployment is closed", host=name)
-            rows.put(lambda name=name, error=error: Result(name, error=error))  # type: ignore[misc]
-        for name, call in pending.items():
-            call.reply.watch(lambda name=name, call=call: rows.put(_row_of(name, call, time.monotonic() - began)))  # type: ignore[misc]
+            rows.put(partial(row, name, 0.0, error=error))
 
-        def late(silent: list[str]) -> list[Result]:
-            for name in silent:
+        try:
+            for name in names:
+                with self._lock:
+                    coming = self._coming.get(self._places[name])
+                    if coming is not None:
+                        coming.append(partial(ask, name, here=False))
+                if coming is None:
+                    ask(name, here=True)
+        except BaseException:
+            for call in list(pending.values()):
+                call.drop()
+            raise
+
+        def late(name: str, reason: str) -> Result:
+            given_up.add(name)
+            if name in pending:
                 pending[name].drop()
-            text = f"no answer within {timeout} s; it was told to stop"
-            return [Result(name, error=TimeoutError(f"{name}: {text}"), seconds=time.monotonic() - began) for name in silent]
+            kind = InterruptedError if reason else TimeoutError
+            error = kind(f"{name}: {reason or f'no answer within {timeout:g} s'}; it was told to stop")
+            return row(name, time.monotonic() - began[name], error=error)
 
-        return Results(list(self._names), rows, until=None if timeout is None else began + timeout, late=late)
+        return Results(list(names), rows, deadlines=None if timeout is None else deadlines, late=late, progress=self._progress)
 
     def map(self, function: Callable[..., Any] | str, items: Iterable[Any], *, retries: int = 0, timeout: float | None = None,
             return_errors: bool = False) -> list[Any]:  # fmt: skip
@@ -305,27 +453,36 @@ class MultiServerDeployment:
         Raises:
             MapError: items are left without a value.
         """
-        return Mapping(self._live_by_name, function, list(items), retries, timeout).run(return_errors)
+        self.wait()
+        return Mapped(self._live_by_name, function, list(items), retries, timeout, self._progress).run(return_errors)
 
     # ending
 
     def cancel(self) -> None:
         """End it now, from any thread: starts are broken off, calls fail, all that is there is closed."""
-        with self._lock:
-            self._over = True
-            starting = list(self._starting)
-        for link in starting:
-            link.give_up()
         self.close(2.0)
 
     def close(self, timeout: float | None = None) -> None:
-        """Close all deployments, in parallel. Twice is fine."""
+        """Close all deployments, in parallel; starts that are under way are broken off. Twice is fine."""
+        self._break_off()
+        if os.getpid() != self._pid:
+            return
         with self._lock:
-            self._over = True
             servers = list(self._servers.values())
             self._servers.clear()
         for _ in in_parallel(lambda server: server.close(timeout), servers, max(self._parallel, 16)):
             pass
+
+    def _break_off(self) -> None:
+        """End the starts that are under way; no other one begins."""
+        if os.getpid() != self._pid:
+            return  # a forked child must not end its parent's
+        with self._lock:
+            self._over = True
+            starting = list(self._starting)
+        self._ended.set()
+        for link in starting:
+            link.give_up()
 
     def __enter__(self) -> MultiServerDeployment:
         return self
@@ -334,21 +491,10 @@ class MultiServerDeployment:
         self.close()
 
 
-def _row_of(name: str, call: PendingCall, seconds: float) -> Callable[[], Result]:
-    def row() -> Result:
-        try:
-            return Result(name, call.value(), seconds=seconds)
-        except Exception as error:
-            return Result(name, error=error, seconds=seconds)
-
-    return row
+def _at_exit() -> None:
+    """The interpreter ends: what is up is closed by `DeployedServer`'s own handler, what is on its way must not go on."""
+    for dep in list(_all):
+        dep._break_off()
 
 
-def _unique(names: list[str]) -> list[str]:
-    """Names that tell hosts apart which were given twice on purpose: host, host#2, …"""
-    seen: dict[str, int] = {}
-    unique = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return unique
+atexit.register(_at_exit)
