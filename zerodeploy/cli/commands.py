@@ -5,14 +5,15 @@ from __future__ import annotations
 import click
 
 import zerodeploy
-from zerodeploy.cli import agent, call, demo, doctor, files, run, shell
+from zerodeploy.cli import agent, call, demo, doctor, files, hosts, run, shell
+from zerodeploy.cli import map as map_
 from zerodeploy.cli.common import options_of
 
 __all__ = ["cli"]
 
 _EPILOG = """\b
-Exit status: the remote one for run and script; 0 success; 1 a remote exception; 2 usage;
-126/127 not executable / not found, as shells do; 130 Ctrl-C; 255 login or link failed, as ssh.
+Exit status: the remote one for run and script, the highest of all hosts for map;
+0 success; 1 a remote exception; 2 usage; 124 a timeout (map); 126/127 not executable / not found, as shells do; 130 Ctrl-C; 255 login or link failed, as ssh.
 
 HOST is [user@]host[:port], an ssh_config alias, ssh://…, or "local" for this machine.
 """
@@ -26,5 +27,6 @@ def cli(context: click.Context) -> None:
     """Any host that you can ssh to, with nothing installed there before and nothing left there after."""
 
 
-for command in (agent.agent, call.call, demo.demo, doctor.doctor, files.get, files.put, run.run, run.script, shell.shell):
+for command in (agent.agent, call.call, demo.demo, doctor.doctor, files.get, files.put, hosts.hosts, map_.map_hosts, run.run,
+                run.script, shell.shell):  # fmt: skip
     cli.add_command(command)

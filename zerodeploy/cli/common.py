@@ -17,10 +17,13 @@ import click
 
 from zerodeploy.errors import HostError, LinkLost, RemoteCallError, UsageError, ZeroDeployError
 
-__all__ = ["EXIT", "Context", "HostCommand", "deployment", "errors_told", "options_of", "say_json", "write_all"]
+__all__ = [
+    "EXIT", "Context", "HostCommand", "deployment", "errors_told", "interpreter_of", "json_text", "options_of", "say_json", "ssh_words",
+    "write_all",
+]  # fmt: skip
 
 #: exit statuses, besides the remote command's own
-EXIT = {"remote exception": 1, "usage": 2, "not executable": 126, "not found": 127, "interrupted": 130, "reader gone": 141,
+EXIT = {"remote exception": 1, "usage": 2, "timeout": 124, "not executable": 126, "not found": 127, "interrupted": 130, "reader gone": 141,
         "login or link": 255}  # fmt: skip
 
 
@@ -114,32 +117,40 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def machine_of(host: str, settings: dict[str, Any]) -> Any:
     """The target that HOST names: ``local`` is this machine."""
-    ssh_config, ssh_options = settings.get("ssh_config"), settings.get("ssh_options") or ()
     if host in ("local", "localhost-direct"):
         from zerodeploy.link.command import LocalLink
 
         return LocalLink()
     from zerodeploy.link.openssh import OpenSSHLink
 
-    words = ["-F", ssh_config] if ssh_config else []
-    for option in ssh_options:
+    return OpenSSHLink.to(host, ssh_options=ssh_words(settings))
+
+
+def ssh_words(settings: dict[str, Any]) -> list[str]:
+    """The ssh options of the command line."""
+    words = ["-F", settings["ssh_config"]] if settings.get("ssh_config") else []
+    for option in settings.get("ssh_options") or ():
         words += ["-o", option]
-    return OpenSSHLink.to(host, ssh_options=words)
+    return words
+
+
+def interpreter_of(settings: dict[str, Any]) -> list[str] | None:
+    """The words of ``--python``."""
+    import shlex
+
+    try:
+        return shlex.split(settings["python"]) if settings.get("python") else None
+    except ValueError as error:
+        raise UsageError(f"--python {settings['python']}: {error}") from None
 
 
 @contextlib.contextmanager
 def deployment(host: str, settings: dict[str, Any], **more: Any) -> Iterator[Any]:
     """A deployed server for a command. Ctrl-C at any moment leaves nothing."""
-    import shlex
-
     from zerodeploy.deployment.server import DeployedServer
 
-    try:
-        python = shlex.split(settings["python"]) if settings.get("python") else None
-    except ValueError as error:
-        raise UsageError(f"--python {settings['python']}: {error}") from None
     with DeployedServer(
-        machine_of(host, settings), python_executable=python, transport=settings["transport"], tmpdir=settings["tmpdir"],
+        machine_of(host, settings), python_executable=interpreter_of(settings), transport=settings["transport"], tmpdir=settings["tmpdir"],
         connect_timeout=settings["connect_timeout"], keepalive=settings["keepalive"], on_output=_on_output(), **more,
     ) as server:  # fmt: skip
         yield server
@@ -215,8 +226,12 @@ def tell_error(settings: Context, error: BaseException, type_name: str = "", tra
         click.echo(f"zerodeploy: {error}", err=True)
 
 
+def json_text(value: object) -> str:
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
 def say_json(value: object, *, err: bool = False) -> None:
-    text = json.dumps(_plain(value), ensure_ascii=False)
+    text = json_text(value)
     try:
         text.encode((sys.stderr if err else sys.stdout).encoding or "ascii")
     except UnicodeEncodeError:
