@@ -49,8 +49,8 @@ $(call STAMP,bench): $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,bench]'
 	touch $@
 
-# openssh-server, sudo for the tests of command prefixes and ip for those of networks, where apt may be used; else the tests
-# that need them skip.
+# openssh-server, sudo for the tests of command prefixes, ip for those of networks and busybox for hosts without Python, where
+# apt may be used; else the tests that need them skip.
 servers:
 	@command -v sshd >/dev/null 2>&1 || test -x /usr/sbin/sshd || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 	  echo "installing openssh-server"; \
@@ -58,9 +58,10 @@ servers:
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends openssh-server openssh-client procps; \
 	    test -n "$$made" && rm -f /usr/sbin/policy-rc.d; rm -f /tmp/zerodeploy-policy; } >/dev/null 2>&1 || true; \
 	else echo "no sshd here and no right to install one: tests that need it will skip"; fi
-	@for each in sudo:sudo ip:iproute2; do command -v $${each%:*} >/dev/null 2>&1 || \
+	@for each in sudo:sudo ip:iproute2 busybox:busybox-static; do command -v $${each%:*} >/dev/null 2>&1 || \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $${each#*:} >/dev/null 2>&1 || true; fi; done
+	    { install="apt-get install -y -qq --no-install-recommends $${each#*:}"; export DEBIAN_FRONTEND=noninteractive; \
+	      $$install || { apt-get update -qq; $$install; }; } >/dev/null 2>&1 || true; fi; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
