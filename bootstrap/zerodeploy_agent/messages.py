@@ -183,7 +183,10 @@ class Error(Message):
 
 
 class NeedPart(Message):
-    """Worker to client: send the late files."""
+    """Worker to client: send the late files, or the package ``name``, one of those that `Allow` named."""
+
+    FIELDS = {"name": _STR}
+    DEFAULTS = {"name": ""}
 
 
 class Part(Message):
@@ -260,6 +263,30 @@ class Connect(Message):
     """Connect to ``host``:``port`` from this host, and carry its bytes on channel ``channel``."""
 
     FIELDS = {"id": _INT, "channel": _INT, "host": _STR, "port": _INT, "timeout": _NUMBER}
+
+
+class Unpack(Message):
+    """A bundle (bundle.py) follows on channel ``channel``; with ``keep`` only if the answer on it, a byte, is "n".
+
+    ``key`` is the SHA-256 of its ``size`` bytes, ``raw`` their sum when they are unpacked; ``paths`` go on sys.path, to its
+    ``front``; ``native``: there are C extensions; ``app``: the name of the one file in it, a zipapp to be opened.
+    """
+
+    FIELDS = {"id": _INT, "channel": _INT, "key": _STR, "size": _INT, "raw": _INT, "paths": (list,), "front": (bool,),
+              "native": (bool,), "keep": (bool,), "app": _STR}  # fmt: skip
+    DEFAULTS = {"keep": False, "app": ""}
+
+
+class Allow(Message):
+    """The packages that the host may ask for when it imports them and has none of that name."""
+
+    FIELDS = {"id": _INT, "names": (list,)}
+
+
+class Came(Message):
+    """The answer to a NeedPart with a name: the package is there, or there is none."""
+
+    FIELDS = {"name": _STR}
 
 
 class OpenRpc(Message):

@@ -246,9 +246,11 @@ class Worker:
             first = message.channel
             opened = [self.channels.open(first + index) for index in range(3)]
             self._in_thread(self._late, "spawning", "start", message, opened)
-        elif name in ("put", "get", "connect"):
+        elif name in ("put", "get", "connect", "unpack"):
             channel = self.channels.open(message.channel)
-            self._in_thread(self._late, "relay" if name == "connect" else "transfer", name, message, channel)
+            self._in_thread(self._late, {"connect": "relay", "unpack": "payloads"}.get(name, "transfer"), name, message, channel)
+        elif name in ("allow", "came"):
+            self._in_thread(self._late, "payloads", name, message)
         elif name == "open_rpc":
             channel = self.channels.open(message.channel)
             self._in_thread(self._serve_rpc, message, channel)
@@ -287,6 +289,8 @@ class Worker:
         self.setup = message
         self.token = bytes.fromhex(message.token)
         os.environ.update(message.env)
+        for app in "SHIV_ROOT", "PEX_ROOT":  # what zipapps unpack goes when we go
+            os.environ[app] = self.private_dir + "/" + app
         self.finder.after_logging = self._hook_logging
         threading.Thread(target=self._watch, daemon=True, name="zerodeploy-watch").start()
         try:

@@ -43,6 +43,7 @@ class Client:
 
     def __init__(self, session: Session, *, trust_remote: bool = False) -> None:
         self.session = session
+        self.on_host: frozenset[str] = frozenset()  # modules of this program that were shipped there
         self._trust = trust_remote
 
     # calls
@@ -50,7 +51,7 @@ class Client:
     def call(self, function: Callable[..., object] | str, args: Sequence[object], kwargs: Mapping[str, object], *,
              timeout_s: float | None = None, pickle_args: bool = False) -> Any:  # fmt: skip
         """Run *function* on the host and give back what it returned. See `DeployedServer.call`."""
-        target = functions.prepare(function)
+        target = functions.prepare(function, self.on_host)
         session = self.session
         if target.args or target.kwargs:
             args, kwargs = (*target.args, *args), {**target.kwargs, **kwargs}
@@ -74,7 +75,7 @@ class Client:
 
     def begin(self, function: Callable[..., object] | str, args: Sequence[object], kwargs: Mapping[str, object]) -> PendingCall:
         """`call` without waiting for the answer, nor for the host to take large arguments: a thread sends those."""
-        target = functions.prepare(function)
+        target = functions.prepare(function, self.on_host)
         args, kwargs = (*target.args, *args), {**target.kwargs, **kwargs}
         request, number, reply = self.session.next_request()
         try:

@@ -50,8 +50,8 @@ class Target:
     kwargs: dict[str, object] = field(default_factory=dict)
 
 
-def prepare(function: object) -> Target:
-    """How *function* is called on the far side.
+def prepare(function: object, on_host: frozenset[str] = frozenset()) -> Target:
+    """How *function* is called on the far side. *on_host*: modules of this program that were shipped there, by name.
 
     Raises:
         NotShippable: it can't travel; the text names what can't, and the way out.
@@ -59,13 +59,13 @@ def prepare(function: object) -> Target:
     if isinstance(function, str):
         return _named(function)
     if type(function) is types.FunctionType:
-        known = _prepared.get(id(function.__code__))
+        known = _prepared.get((id(function.__code__), on_host))
         if known is not None and known.still_fits(function):
             return known.target
     if isinstance(function, functools.partial):
-        inner = prepare(function.func)
+        inner = prepare(function.func, on_host)
         return Target(inner.name, inner.shipment, inner.args + function.args, {**inner.kwargs, **function.keywords})
-    name = _library_name(function)
+    name = _library_name(function, on_host)
     if name is not None:
         return Target(name=name)
     if isinstance(function, types.MethodType):
@@ -79,7 +79,7 @@ def prepare(function: object) -> Target:
         )
     if not callable(function):
         raise NotShippable(f"{function!r} can't be called")
-    builder = _Builder()
+    builder = _Builder(on_host)
     entry = builder.reference(function, "the function", set())
     if entry[0] != "unit":
         raise NotShippable(f"{function!r} can't travel: pass a function, or the name module:name of something on the host")
@@ -87,7 +87,7 @@ def prepare(function: object) -> Target:
     if builder.stable and isinstance(function, types.FunctionType):
         if len(_prepared) > _KEPT:
             _prepared.clear()
-        _prepared[id(function.__code__)] = _Prepared(function, target, builder)
+        _prepared[id(function.__code__), on_host] = _Prepared(function, target, builder)
     return target
 
 
@@ -99,8 +99,8 @@ def _named(target: str) -> Target:
     return Target(name=target)
 
 
-def _library_name(thing: object) -> str | None:
-    """``module:name`` of something from the standard library or an installed package, else None."""
+def _library_name(thing: object, on_host: frozenset[str]) -> str | None:
+    """``module:name`` of something from the standard library, an installed package or a shipped module, else None."""
     module_name, path = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if module_name is None:  # a builtin: a module's, or a method of a type such as str.upper and dict.fromkeys
         owner = getattr(thing, "__self__", None) or getattr(thing, "__objclass__", None)
@@ -110,7 +110,7 @@ def _library_name(thing: object) -> str | None:
     if not isinstance(module_name, str) or not isinstance(path, str) or "<" in path:
         return None
     module = sys.modules.get(module_name)
-    if module is None or not is_library(module):
+    if module is None or not is_library(module, on_host):
         return None
     found: Any = module
     for part in path.split("."):
@@ -119,9 +119,11 @@ def _library_name(thing: object) -> str | None:
     return f"{module_name}:{path}" if same else None
 
 
-def is_library(module: types.ModuleType) -> bool:
-    """Whether *module* is the standard library's or an installed package's: something that a host may have as well."""
+def is_library(module: types.ModuleType, on_host: frozenset[str] = frozenset()) -> bool:
+    """Whether *module* is the standard library's, an installed package's or shipped: something that a host may have as well."""
     root = module.__name__.partition(".")[0]
+    if on_host and any(module.__name__ == name or module.__name__.startswith(name + ".") for name in on_host):
+        return True
     if root == "zerodeploy":
         return False  # installed here, never there: its functions travel
     if root in sys.stdlib_module_names and module.__name__ != "__main__":
@@ -172,13 +174,14 @@ class _Prepared:
 
 _SCALARS = (type(None), bool, int, float, str, bytes)
 _NOTHING = object()
-_prepared: dict[int, _Prepared] = {}  # by id of the code, which the entry keeps alive
+_prepared: dict[tuple[int, frozenset[str]], _Prepared] = {}  # by id of the code, which the entry keeps alive
 
 
 class _Builder:
     """Collects units (definitions) and spaces (the module-level names they refer to), dependencies first."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_host: frozenset[str]) -> None:
+        self._on_host = on_host
         self.units: list[dict[str, object]] = []
         self.spaces: dict[str, dict[str, Any]] = {}
         self._ids: dict[int, str] = {}
@@ -206,7 +209,7 @@ class _Builder:
         if known is not None:
             return ["unit", known]
         if isinstance(value, types.FunctionType | type) or callable(value):
-            name = _library_name(value)
+            name = _library_name(value, self._on_host)
             if name is not None:
                 return ["name", name]
         if isinstance(value, types.FunctionType):
@@ -239,7 +242,7 @@ class _Builder:
             inner_module = sys.modules.get(unwrapped.__module__)
             if (
                 inner_module is not None
-                and not is_library(inner_module)
+                and not is_library(inner_module, self._on_host)
                 and getattr(inner_module, unwrapped.__name__, None) is function
             ):
                 return self._function(unwrapped, where, pending, standing_for=function)

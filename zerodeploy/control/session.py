@@ -10,7 +10,7 @@ import secrets
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from zerodeploy_agent import PROTOCOL, control, frames, hello, messages, plain
@@ -81,8 +81,8 @@ class Session:
         self.shipped: set[str] = set()  # keys of the functions that the far side has; guarded by ship_lock
         self.ship_lock = threading.Lock()
         self._exits: dict[int, Reply] = {}
-        self._late_sent = False
-        self._closing = self._goodbye_said = False
+        self.provide: Callable[[str], object] = str  # answers what the host asks for by name
+        self._late_sent = self._closing = self._goodbye_said = False
         self._close_lock = threading.Lock()
 
     # starting
@@ -124,7 +124,7 @@ class Session:
     def _abandon(self, error: ZeroDeployError) -> None:
         """The start failed or was interrupted, at whatever line: end what there is of it, give all of it back."""
         if hasattr(self, "_outbox"):
-            self._fail(error)
+            self.fail(error)
             self.close(0.0)
         elif self.running is not None:
             self.running.end()
@@ -161,7 +161,7 @@ class Session:
         except TimeoutError:
             text, said = f"{otherwise} within {self.options.connect_timeout:.1f} s", tail(self.stderr_text(), 30)
             error = AgentDidNotStart(text, host=self.host, stage="start", stderr=said)
-            self._fail(error)
+            self.fail(error)
             raise error from None
 
     # sending
@@ -268,10 +268,10 @@ class Session:
 
     def _reading_failed(self, error: Exception) -> None:
         if isinstance(error, frames.FrameError | messages.MessageError | control.StateError | ChannelError):
-            self._fail(ProtocolError(f"the far side broke the protocol: {error}", host=self.host))
+            self.fail(ProtocolError(f"the far side broke the protocol: {error}", host=self.host))
         else:
             _log.error("%s: reading the link failed", self.host, exc_info=error)
-            self._fail(LinkLost(f"internal error: {error!r}", host=self.host))
+            self.fail(LinkLost(f"internal error: {error!r}", host=self.host))
 
     def _heartbeat(self) -> None:
         if self.state not in (control.LIVE, control.CLOSING):
@@ -280,7 +280,7 @@ class Session:
         silent_s = time.monotonic() - self._last_heard
         if silent_s > 3 * keepalive:
             text = f"nothing was heard for {silent_s:.1f} s (keepalive {keepalive:g} s); the far side clears itself away"
-            self._fail(LinkLost(text, host=self.host))
+            self.fail(LinkLost(text, host=self.host))
             return
         self._pings += 1
         with contextlib.suppress(OSError):
@@ -321,7 +321,7 @@ class Session:
         self._noise = self._noise[:at].strip()
         if words and words[0] == bootstrap.NO_PYTHON:
             raise_later = bootstrap.no_python_error(words[1] if len(words) > 1 else "", host=self.host, stderr=self.stderr_text())
-            self._fail(raise_later)
+            self.fail(raise_later)
             return b""
         return rest
 
@@ -350,11 +350,11 @@ class Session:
             self._is_ready.resolve(message)
             return
         if isinstance(message, messages.NeedPart):
-            threading.Thread(target=self._answer_part, daemon=True, name=f"zerodeploy-part-{self.host}").start()
+            threading.Thread(target=self._answer_part, args=(fields["name"],), daemon=True, name="zerodeploy-part").start()
             return
         if isinstance(message, messages.SetupFailed):
             text = f"the set-up failed: {fields['message']}\n{fields['traceback']}"
-            self._fail(AgentDidNotStart(text, host=self.host, stage="start"))
+            self.fail(AgentDidNotStart(text, host=self.host, stage="start"))
             return
         reply = self._waiting.get(fields.get("re") or 0)
         body = fields.get("body") or {}
@@ -369,9 +369,9 @@ class Session:
             return
         reply.resolve(message)
 
-    def _answer_part(self) -> None:
+    def _answer_part(self, name: str) -> None:
         with contextlib.suppress(ZeroDeployError):
-            self.ship_late_part()
+            (self.provide(name) if name else self.ship_late_part())
 
     def _on_keeper(self, message: Message) -> None:
         now = time.monotonic()
@@ -392,21 +392,21 @@ class Session:
             case messages.Live():
                 proof = hello.hmac_sha256(self.token, b"live" + self.marker.encode("ascii")).hex()
                 if not secrets.compare_digest(proof, fields["proof"]):
-                    self._fail(ProtocolError("what answered does not know the session's token", host=self.host))
+                    self.fail(ProtocolError("what answered does not know the session's token", host=self.host))
                     return
                 self.live = message
                 self.phases["start"] = now - self._greeted_at
                 self._lived.resolve(message)
             case messages.StageFailed():
-                self._fail(bootstrap.stage_error(message, host=self.host, stderr=self.stderr_text(), python=self.options.python))
+                self.fail(bootstrap.stage_error(message, host=self.host, stderr=self.stderr_text(), python=self.options.python))
             case messages.WorkerDied():
-                self._fail(_worker_died(fields["status"], fields["stderr"], self.host), end=False)
+                self.fail(_worker_died(fields["status"], fields["stderr"], self.host), end=False)
             case messages.Terminated():
                 self.terminated = message
                 for path in fields["left"]:
                     _log.warning("%s: could not be removed: %s", self.host, path)
             case messages.Error() if fields["re"] is None:
-                self._fail(ProtocolError(f"the far side said: {fields['message']}", host=self.host))
+                self.fail(ProtocolError(f"the far side said: {fields['message']}", host=self.host))
             case messages.Error() | messages.State():
                 if (reply := self._waiting.get(fields["re"])) is not None:
                     reply.resolve(message)
@@ -446,11 +446,11 @@ class Session:
         else:
             said = self.link.aftermath() or (f"ssh said: {tail(stderr)}" if stderr.strip() else "ssh said nothing")
             error = LinkLost(f"the link broke off (exit status {status}); {said}", host=self.host)
-        self._fail(error)
+        self.fail(error)
 
     # ending
 
-    def _fail(self, error: ZeroDeployError, *, end: bool = True) -> None:
+    def fail(self, error: ZeroDeployError, *, end: bool = True) -> None:
         """The session is over because of *error*, which everybody who waits gets; the first error stands."""
         with self._lock:
             first = self.error is None
@@ -489,7 +489,7 @@ class Session:
                 self.say_goodbye(grace_s)
                 if threading.current_thread() is not self.reader.thread:
                     self._over.wait(patience_s)
-                self._fail(LinkLost("the deployment is closed", host=self.host))
+                self.fail(LinkLost("the deployment is closed", host=self.host))
                 self.output.close()
                 self.reader.close()
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import html
 import queue
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "Transfer"]
 
 _QUIET_S = 0.5  # what is over by then needs no display
 _FRAME_S = 0.1
@@ -82,6 +83,8 @@ class Progress:
 
     def tick(self) -> None:
         """Draw it, when it is time to."""
+        if not self._wanted:
+            return
         now = time.monotonic()
         if now - self._drawn < (_FRAME_S if self._face is not None else 0.0 if self._show else _QUIET_S):
             return
@@ -98,6 +101,35 @@ class Progress:
         if self._face is not None:
             self._face.end(self.title, list(self.lines.values()), time.monotonic() - self._began)
             self._face = None
+
+
+class Transfer:
+    """What `Progress` is for items, for the bytes of one host; where several hosts are waited for, theirs is shown instead."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._progress: Progress | None = None
+        self._what = ""
+
+    def report(self, what: str, sent: int, size: int) -> None:
+        """*sent* of *size* bytes of *what* are on their way."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if self._what != what:
+            self.__exit__(None, None, None)
+            self._what = what
+            self._progress = Progress(f"{self._host}: {what}, KiB", {"": -(-size // 1024)})
+        assert self._progress is not None
+        self._progress.lines[""].done = -(-sent // 1024)
+        self._progress.tick()
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(kind, error, trace)
+            self._progress = None
 
 
 def _on_terminal() -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from zerodeploy.control.client import Client, PendingCall, RemoteProcess, run
 from zerodeploy.control.session import Session, SessionOptions
 from zerodeploy.deployment.info import ServerInfo, platform_tags
+from zerodeploy.deployment.payload import Payload, payload_of
 from zerodeploy.errors import LinkLost, UsageError, ZeroDeployError
 from zerodeploy.link.base import Link
 from zerodeploy.link.resolve import resolve
@@ -58,12 +59,17 @@ class DeployedServer:
         via: another deployment, whose host makes the connection to this one's sshd and relays its bytes: for hosts that only
             that one can reach, at no login there. Name resolution and reach are that host's; ssh_config, keys, known_hosts
             and encryption stay here, end to end. Takes the place of a ProxyJump. When it is closed, this is lost.
+        modules, requirements, lock, forward_imports, zipapp, keep: your own code and wheels, see `Payload`; they are importable
+            when this returns. *payload*: such a `Payload` that was made before, in their place.
+        payload_timeout: seconds for shipping them; default: as long as it takes.
         trust_remote: let the host import and run code here over classic connections, and read pickles that it sends.
 
     Raises:
         HostUnreachable, AuthenticationFailed, HostKeyError: the login failed. Nothing was copied.
         PythonNotFound, PythonTooOld, NoSpace, TempDirUnusable, AgentDidNotStart: logged in, but no agent came up.
             Nothing is left on the host.
+        PayloadError: what was to be shipped can't be: not found, no wheel for the host's platform, no room there. Nothing is
+            left on the host.
         UsageError: an argument makes no sense. Nothing was contacted.
     """
 
@@ -83,12 +89,23 @@ class DeployedServer:
         tmpdir: str | None = None,
         via: DeployedServer | None = None,
         trust_remote: bool = False,
+        modules: object = None,
+        requirements: object = None,
+        lock: object = None,
+        forward_imports: Sequence[str] = (),
+        zipapp: str | os.PathLike[str] | None = None,
+        keep: str | None = None,
+        payload: Payload | None = None,
+        payload_timeout: float | None = None,
     ) -> None:
         self._session: Session | None = None
+        self._zipapp_path = ""
         if server_script is not None:
             raise UsageError("server_script is not supported, the agent has its own: pass extra_setup= with the code to add to it")
         _check(transport, keepalive, connect_timeout, tmpdir, server_class, service_class, extra_setup)
         self.remote_machine = remote_machine
+        payload = payload_of(payload, modules=modules, requirements=requirements, lock=lock, forward_imports=forward_imports, zipapp=zipapp,
+                             keep=keep)  # fmt: skip
         link = resolve(remote_machine)
         if via is not None:
             link = _through(link, via, float(connect_timeout))
@@ -111,9 +128,12 @@ class DeployedServer:
         # not __del__: also runs when the object is dropped in a reference cycle, and never half-initialised
         self._finalizer = weakref.finalize(self, _close_session, session, os.getpid())
         self._finalizer.atexit = False
-        if eager:
+        if eager or payload:
             try:
-                session.wait_ready()
+                if eager:
+                    session.wait_ready()
+                if payload:
+                    self._zipapp_path = payload.ship_within(payload_timeout, self._client)
             except BaseException:
                 self.close()
                 raise
@@ -156,6 +176,11 @@ class DeployedServer:
 
         row = Result(self.host, self.summary, None if not self.closed else self.lost, self.login_seconds)
         return Table([row], good="open")._repr_html_()
+
+    @property
+    def zipapp(self) -> str:
+        """The path on the host of the zipapp that was shipped, for ``run([server.info.executable, server.zipapp])``; else empty."""
+        return self._zipapp_path
 
     @property
     def proc(self) -> Any:
