@@ -173,7 +173,7 @@ def test_modules_say_what_they_are_for(path):
 
 PUBLIC = [
     "AgentDidNotStart", "AuthenticationFailed", "BootstrapError", "ClusterError", "CommandLink", "DeployedServer", "ForwardingRefused", "ForwardingRefusedWarning",
-    "HostError", "HostKeyError", "HostKeyMismatch", "HostKeyUnknown", "HostUnreachable", "LinkLost", "MapError", "MultiServerDeployment", "NoSpace", "NotShippable", "PayloadError",
+    "HostError", "HostKeyError", "HostKeyMismatch", "HostKeyUnknown", "HostUnreachable", "LinkLost", "MapError", "MultiServerDeployment", "NoSpace", "NotShippable", "Payload", "PayloadError",
     "ProtocolError", "PythonNotFound", "PythonTooOld", "RemoteCallError", "ServerInfo", "TempDirUnusable", "UsageError", "WorkerDied",
     "ZeroDeployError",
 ]  # fmt: skip

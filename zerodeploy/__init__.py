@@ -10,16 +10,18 @@ from zerodeploy.errors import __all__ as _errors
 if TYPE_CHECKING:
     from zerodeploy.deployment.info import ServerInfo as ServerInfo
     from zerodeploy.deployment.multi import MultiServerDeployment as MultiServerDeployment
+    from zerodeploy.deployment.payload import Payload as Payload
     from zerodeploy.deployment.server import DeployedServer as DeployedServer
     from zerodeploy.link.command import CommandLink as CommandLink
 
 __version__ = "0.1.0"
-__all__ = sorted(["CommandLink", "DeployedServer", "MultiServerDeployment", "ServerInfo", *_errors])
+__all__ = sorted(["CommandLink", "DeployedServer", "MultiServerDeployment", "Payload", "ServerInfo", *_errors])
 
 _HOMES = {
     "CommandLink": "zerodeploy.link.command",
     "DeployedServer": "zerodeploy.deployment.server",
     "MultiServerDeployment": "zerodeploy.deployment.multi",
+    "Payload": "zerodeploy.deployment.payload",
     "ServerInfo": "zerodeploy.deployment.info",
 }
 

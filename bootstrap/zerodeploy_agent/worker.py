@@ -250,7 +250,7 @@ class Worker:
             channel = self.channels.open(message.channel)
             self._in_thread(self._late, {"connect": "relay", "unpack": "payloads"}.get(name, "transfer"), name, message, channel)
         elif name in ("allow", "came"):
-            self._in_thread(self._late, "payloads", name, message)
+            self._in_thread(self._late, "forward", name, message)
         elif name == "open_rpc":
             channel = self.channels.open(message.channel)
             self._in_thread(self._serve_rpc, message, channel)

@@ -18,8 +18,8 @@ import click
 from zerodeploy.errors import HostError, LinkLost, RemoteCallError, UsageError, ZeroDeployError
 
 __all__ = [
-    "EXIT", "Context", "HostCommand", "deployment", "errors_told", "interpreter_of", "json_text", "options_of", "say_json", "ssh_words",
-    "write_all",
+    "EXIT", "Context", "HostCommand", "deployment", "errors_told", "interpreter_of", "json_text", "options_of", "payload_options",
+    "say_json", "ssh_words", "write_all",
 ]  # fmt: skip
 
 #: exit statuses, besides the remote command's own
@@ -108,6 +108,11 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--connect-timeout", type=float, default=30.0, show_default=True, metavar="S", help="For login and start."),
         click.option("--keepalive", type=float, default=5.0, show_default=True, metavar="S",
                      help="Heartbeat; three without an answer end the deployment."),
+        click.option("--module", "modules", multiple=True, metavar="NAME|PATH", help="Ship this module, package or directory."),
+        click.option("--with", "wanted", multiple=True, metavar="REQUIREMENT", help="Ship wheels for this, as numpy>=2."),
+        click.option("--requirements", metavar="FILE", help="Ship wheels for a requirements file, or pyproject.toml[EXTRA]."),
+        click.option("--lock", metavar="FILE", help="Ship exactly what a uv.lock or pylock.toml says."),
+        click.option("--keep-cache", is_flag=True, help="Leave what was shipped in a cache of yours on the host."),
         click.option("-F", "ssh_config", type=click.Path(exists=True, dir_okay=False), help="An ssh_config, as for ssh."),
         click.option("-o", "ssh_options", multiple=True, metavar="OPTION", help="An option for ssh, as for ssh."),
     ):  # fmt: skip
@@ -144,6 +149,18 @@ def interpreter_of(settings: dict[str, Any]) -> list[str] | None:
         raise UsageError(f"--python {settings['python']}: {error}") from None
 
 
+def payload_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """What is to be shipped, as keywords of a deployment."""
+    if settings.get("wanted") and settings.get("requirements"):
+        raise UsageError("--with and --requirements exclude each other")
+    given = {
+        "modules": list(settings.get("modules") or ()), "requirements": list(settings.get("wanted") or ()) or settings.get("requirements"),
+        "lock": settings.get("lock"),
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value}
+    return {**given, "keep": "cache"} if settings.get("keep_cache") and given else given
+
+
 @contextlib.contextmanager
 def deployment(host: str, settings: dict[str, Any], **more: Any) -> Iterator[Any]:
     """A deployed server for a command. Ctrl-C at any moment leaves nothing."""
@@ -151,7 +168,8 @@ def deployment(host: str, settings: dict[str, Any], **more: Any) -> Iterator[Any
 
     with DeployedServer(
         machine_of(host, settings), python_executable=interpreter_of(settings), transport=settings["transport"], tmpdir=settings["tmpdir"],
-        connect_timeout=settings["connect_timeout"], keepalive=settings["keepalive"], on_output=_on_output(), **more,
+        connect_timeout=settings["connect_timeout"], keepalive=settings["keepalive"], on_output=_on_output(),
+        **payload_options(settings), **more,
     ) as server:  # fmt: skip
         yield server
 

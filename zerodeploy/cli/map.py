@@ -24,6 +24,7 @@ from zerodeploy.cli.common import (
     interpreter_of,
     json_text,
     options_of,
+    payload_options,
     say_json,
     write_all,
 )
@@ -186,7 +187,7 @@ def _run_on(specs: list[HostSpec], work: Work, retries: int, max_parallel: int |
     with MultiServerDeployment(
         specs, on_error="keep", wait=False, progress=False, max_parallel=max_parallel, transport=options["transport"],
         tmpdir=options["tmpdir"], connect_timeout=options["connect_timeout"], keepalive=options["keepalive"],
-        python_executable=interpreter_of(options),
+        python_executable=interpreter_of(options), **payload_options(options),
     ) as dep, Progress(work.title, Counter(groups.values())) as progress:  # fmt: skip
         todo = [spec.name for spec in specs]
         for attempt in range(1, retries + 2):

@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from zerodeploy.errors import HostUnreachable, NotShippable, ZeroDeployError
+from zerodeploy.errors import HostUnreachable, NotShippable, UsageError, ZeroDeployError
 from zerodeploy.link.base import Link, Proxy, Running
 
-__all__ = ["Watched", "allow_files", "cause", "fan_out", "in_parallel", "is_the_callers", "was_dropped"]
+__all__ = ["Watched", "allow_files", "cause", "check_options", "fan_out", "in_parallel", "is_the_callers", "was_dropped"]
 
 _Argument = TypeVar("_Argument")
 # what ssh says when sshd dropped the connection unauthenticated: MaxStartups, a full backlog
@@ -89,6 +89,18 @@ def in_parallel(function: Callable[[_Argument], Any], arguments: Sequence[_Argum
         if error is not None:
             raise error
         yield argument
+
+
+def check_options(on_error: str, wait: bool, max_parallel: int | None, deploy_timeout: float | None) -> None:
+    """Raises `UsageError` for what no deployment on many hosts can mean."""
+    if on_error not in ("raise", "keep"):
+        raise UsageError(f'on_error is "raise" or "keep", not {on_error!r}')
+    if not wait and on_error == "raise":
+        raise UsageError('wait=False needs on_error="keep": nobody is there to raise it to')
+    if max_parallel is not None and (not isinstance(max_parallel, int) or max_parallel < 1):
+        raise UsageError(f"max_parallel is a number above 0, not {max_parallel!r}")
+    if deploy_timeout is not None and not deploy_timeout > 0:
+        raise UsageError(f"deploy_timeout is a number of seconds above 0, not {deploy_timeout!r}")
 
 
 def cause(error: Exception) -> str:

@@ -17,13 +17,13 @@ from typing import Any
 
 from zerodeploy.control.client import PendingCall
 from zerodeploy.control.functions import prepare
-from zerodeploy.deployment import commands
-from zerodeploy.deployment.fanout import Watched, allow_files, cause, fan_out, in_parallel, is_the_callers, was_dropped
+from zerodeploy.deployment import commands, fanout
+from zerodeploy.deployment.fanout import Watched, fan_out, in_parallel, is_the_callers, was_dropped
 from zerodeploy.deployment.hosts import HostSpec, host_set, unique_names
 from zerodeploy.deployment.mapping import Mapped
 from zerodeploy.deployment.progress import Progress
 from zerodeploy.deployment.results import Result, Results, Table
-from zerodeploy.deployment.server import DeployedServer
+from zerodeploy.deployment.server import PAYLOAD_PARTS, DeployedServer
 from zerodeploy.errors import ClusterError, HostUnreachable, LinkLost, UsageError, ZeroDeployError
 from zerodeploy.link.base import Link
 
@@ -80,18 +80,14 @@ class MultiServerDeployment:
         self._servers: dict[int, DeployedServer] = {}
         self._errors: dict[int, Exception] = {}
         self._tries: dict[int, int] = {}
-        if on_error not in ("raise", "keep"):
-            raise UsageError(f'on_error is "raise" or "keep", not {on_error!r}')
-        if not wait and on_error == "raise":
-            raise UsageError('wait=False needs on_error="keep": nobody is there to raise it to')
-        if max_parallel is not None and (not isinstance(max_parallel, int) or max_parallel < 1):
-            raise UsageError(f"max_parallel is a number above 0, not {max_parallel!r}")
-        if deploy_timeout is not None and not deploy_timeout > 0:
-            raise UsageError(f"deploy_timeout is a number of seconds above 0, not {deploy_timeout!r}")
+        fanout.check_options(on_error, wait, max_parallel, deploy_timeout)
         self.remote_machines = remote_machines
         self._specs = host_set(remote_machines, allow_duplicates=allow_duplicates)
         self._names = unique_names([spec.name for spec in self._specs])
-        self._options = {"server_class": server_class, **options}
+        parts = {name: options.pop(name) for name in PAYLOAD_PARTS if name in options}
+        payload = DeployedServer._payload_of(options.pop("payload", None), **parts)  # one for all: what they share is made once
+        self._shipped = payload.names if payload else frozenset()
+        self._options = {"server_class": server_class, **({"payload": payload} if payload else {}), **options}
         self._parallel = max_parallel or _LOGINS_PER_CORE * (os.cpu_count() or 1)
         self._deploy_timeout = deploy_timeout
         self._progress = progress
@@ -105,7 +101,7 @@ class MultiServerDeployment:
         self._pid = os.getpid()
         self._places = {name: index for index, name in enumerate(self._names)}
         inspect.signature(DeployedServer).bind(None, **self._options)  # a TypeError for what it does not take
-        allow_files(_FILES_PER_HOST * len(self._specs))
+        fanout.allow_files(_FILES_PER_HOST * len(self._specs))
         _all.add(self)
         self._started = self._launch(range(len(self._specs)))
         if not wait:
@@ -118,7 +114,7 @@ class MultiServerDeployment:
         if self._errors and on_error == "raise":
             errors = self.failed
             self.close()
-            lines = "".join(f"\n  {name}: {cause(error)}" for name, error in errors.items())
+            lines = "".join(f"\n  {name}: {fanout.cause(error)}" for name, error in errors.items())
             raise ClusterError(f"{len(errors)} of {len(self._specs)} hosts did not start:{lines}", errors=errors)
 
     # starting
@@ -203,6 +199,8 @@ class MultiServerDeployment:
                     f"its turn did not come within the deploy_timeout of {self._deploy_timeout:g} s", host=spec.name
                 )
             options["connect_timeout"] = min(float(options.get("connect_timeout", 30.0)), left_s)
+            if "payload" in options:
+                options["payload_timeout"] = min(float(options.get("payload_timeout") or left_s), left_s)
         return DeployedServer(link, **options)
 
     def _back_off(self, attempt: int, until: float | None) -> bool:
@@ -381,7 +379,7 @@ class MultiServerDeployment:
         names = self._names if hosts is None else list(dict.fromkeys(hosts))
         if unknown := [name for name in names if name not in self._places]:
             raise UsageError(f"{', '.join(map(str, unknown[:5]))}: no host of this deployment")
-        prepare(function)  # what can't travel is told now, whatever becomes of the hosts
+        prepare(function, self._shipped)  # what can't travel is told now, whatever becomes of the hosts
         began = {name: time.monotonic() for name in names}
         rows: queue.SimpleQueue[Callable[[], Result]] = queue.SimpleQueue()
         pending: dict[str, PendingCall] = {}

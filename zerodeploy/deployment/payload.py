@@ -142,11 +142,10 @@ def _zipapp(given: str | os.PathLike[str]) -> Path:
     return path
 
 
-def payload_of(made: Payload | None, **parts: Any) -> Payload | None:
-    """The payload that a deployment's keywords mean: *made*, or one of *parts*; None for none. Raises as `Payload`."""
-    given = {name: value for name, value in parts.items() if value not in (None, (), [])}
+def payload_of(made: Payload | None, given: dict[str, Any]) -> Payload:
+    """*made*, or what the keywords *given* make. Raises as `Payload` does, and `UsageError` for both."""
     if made is None:
-        return Payload(**given) if given else None
+        return Payload(**given)
     if not isinstance(made, Payload):
         raise UsageError(f"payload= is a Payload, not {made!r}")
     if given:

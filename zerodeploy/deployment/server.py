@@ -10,17 +10,21 @@ import subprocess
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zerodeploy.control.client import Client, PendingCall, RemoteProcess, run
 from zerodeploy.control.session import Session, SessionOptions
 from zerodeploy.deployment.info import ServerInfo, platform_tags
-from zerodeploy.deployment.payload import Payload, payload_of
 from zerodeploy.errors import LinkLost, UsageError, ZeroDeployError
 from zerodeploy.link.base import Link
 from zerodeploy.link.resolve import resolve
 
-__all__ = ["DeployedServer"]
+if TYPE_CHECKING:
+    from zerodeploy.deployment.payload import Payload
+
+__all__ = ["PAYLOAD_PARTS", "DeployedServer"]
+
+PAYLOAD_PARTS = ("modules", "requirements", "lock", "forward_imports", "zipapp", "keep")  # keywords that make a `Payload`
 
 TRANSPORTS = ("tunnel", "stdio", "unix")
 _DEFAULT_SERVER_CLASS = "rpyc.utils.server.ThreadedServer"
@@ -104,8 +108,15 @@ class DeployedServer:
             raise UsageError("server_script is not supported, the agent has its own: pass extra_setup= with the code to add to it")
         _check(transport, keepalive, connect_timeout, tmpdir, server_class, service_class, extra_setup)
         self.remote_machine = remote_machine
-        payload = payload_of(payload, modules=modules, requirements=requirements, lock=lock, forward_imports=forward_imports, zipapp=zipapp,
-                             keep=keep)  # fmt: skip
+        payload = self._payload_of(
+            payload,
+            modules=modules,
+            requirements=requirements,
+            lock=lock,
+            forward_imports=forward_imports,
+            zipapp=zipapp,
+            keep=keep,
+        )
         link = resolve(remote_machine)
         if via is not None:
             link = _through(link, via, float(connect_timeout))
@@ -137,6 +148,16 @@ class DeployedServer:
             except BaseException:
                 self.close()
                 raise
+
+    @staticmethod
+    def _payload_of(made: Payload | None, **parts: Any) -> Payload | None:
+        """What they mean. Without any of them, what makes payloads is not even imported: it takes as long as a login."""
+        given = {name: value for name, value in parts.items() if value is not None and value != ()}
+        if made is None and not given:
+            return None
+        from zerodeploy.deployment.payload import payload_of
+
+        return payload_of(made, given)
 
     # what it is
 

@@ -21,7 +21,7 @@ from typing import Any
 from zerodeploy.errors import PayloadError
 from zerodeploy.payload.bundles import Bundle
 
-__all__ = ["clear", "folder", "key_of", "keep_bundle", "load", "load_bundle", "locked", "scratch", "show", "store"]
+__all__ = ["clear", "folder", "keep_bundle", "key_of", "load", "load_bundle", "locked", "scratch", "show", "store"]
 
 
 def folder() -> Path:
@@ -36,7 +36,9 @@ def _made(name: str) -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(folder(), 0o700)
     except OSError as error:
-        raise PayloadError(f"the cache {folder()} can't be used: {error.strerror or error}; XDG_CACHE_HOME names another") from error
+        raise PayloadError(
+            f"the cache {folder()} can't be used: {error.strerror or error}; XDG_CACHE_HOME names another"
+        ) from error
     return path
 
 
@@ -67,7 +69,9 @@ def load_bundle(found: dict[str, Any] | None) -> Bundle | None:
         assert found is not None
         path = folder() / "objects" / str(found["sha256"])
         with open(path, "rb") as file:
-            bundle = Bundle(file, sha256=str(found["sha256"]), raw=int(found["raw"]), native=bool(found["native"]), files=int(found["files"]))
+            bundle = Bundle(
+                file, sha256=str(found["sha256"]), raw=int(found["raw"]), native=bool(found["native"]), files=int(found["files"])
+            )
         os.utime(path)
     except (AssertionError, OSError, KeyError, TypeError, ValueError):
         return None
@@ -151,8 +155,16 @@ def clear() -> dict[str, Any]:
     if root.is_symlink() or (root.exists() and root.stat().st_uid != os.geteuid()):
         raise PayloadError(f"{root} is not a directory of this user's; it was left alone")
     try:
-        if root.exists():
-            shutil.rmtree(root)
+        for path in [
+            root / "objects",
+            root / "index",
+            root / "locks",
+            *root.glob(".work-*"),
+        ]:  # not what hosts keep, when this is one
+            if path.exists():
+                shutil.rmtree(path)
+        with contextlib.suppress(OSError):
+            root.rmdir()
     except OSError as error:
         raise PayloadError(f"the cache {root} can't be removed: {error.strerror or error}") from error
     return found

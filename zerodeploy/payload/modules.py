@@ -40,7 +40,7 @@ class Modules:
         self._bytes += info.st_size
         known = self.files.get(name)
         if known is not None and known.source != path:
-            raise PayloadError(f"modules= has two files for {name}: {known.source} and {path}")
+            raise PayloadError(f"modules= has two files for {name}: {known.source!r} and {path}")
         self.files[name] = Content(path, bundle.EXECUTABLE if info.st_mode & stat.S_IXUSR else 0)
         if len(self.files) > _MOST_FILES or self._bytes > _MOST_BYTES:
             raise PayloadError(
@@ -59,13 +59,16 @@ def collect(modules: object) -> Modules:
         UsageError: not a list of these.
         PayloadError: no such module or file, or one that can't be shipped.
     """
-    if isinstance(modules, str | bytes | os.PathLike | types.ModuleType) or not isinstance(modules, Iterable):
-        raise UsageError(f'modules= is a list of modules, names and paths, as in [mypkg, "./tools"]; not {modules!r}')
+    if isinstance(modules, str | os.PathLike | types.ModuleType) or not isinstance(modules, Iterable):
+        shown = repr(modules)
+        raise UsageError(f'modules= is a list of modules, names and paths, as in [mypkg, "./tools"]; not {shown}')
     found = Modules()
     for one in modules:
         if isinstance(one, types.ModuleType):
             _add_module(found, one.__name__)
-        elif isinstance(one, os.PathLike) or (isinstance(one, str) and (os.sep in one or one.endswith(".py") or one in (".", ".."))):
+        elif isinstance(one, os.PathLike) or (
+            isinstance(one, str) and (os.sep in one or one.endswith(".py") or one in (".", ".."))
+        ):
             _add_path(found, Path(os.path.abspath(os.path.expanduser(os.fspath(one)))))
         elif isinstance(one, str) and all(part.isidentifier() for part in one.split(".")):
             _add_module(found, one)

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,12 @@ __all__ = ["Platform", "Requirements", "fetch_into", "requirements_of"]
 _FRESH_S = 24 * 3600.0  # how long the answer of "numpy>=2" is good for; exact lists never age
 _GLIBC = (17, 28, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40)  # what uv knows as manylinux_2_N
 _EXTRAS = re.compile(r"^(?P<file>.*?)(?:\[(?P<extras>[A-Za-z0-9._,\- ]*)\])?$", re.DOTALL)
-_PYTHON_LINE = re.compile(rb"^(#!/bin/sh\n'''exec' [^\n]*python[^\n]*\n' '''\n|#![^\n]*python[^\n]*\n)")
+PYTHON_LINE = re.compile(rb"^(#!/bin/sh\n'''exec' [^\n]*python[^\n]*\n' '''\n|#![^\n]*python[^\n]*\n)")
 _guard = threading.Lock()
 _locks: dict[str, threading.Lock] = {}
 _resolved: dict[str, Bundle] = {}  # by key, for the hosts of one program
+_refused: dict[str, tuple[float, str]] = {}  # likewise: when, and why
+_REFUSED_S = 2.0  # for those who waited meanwhile: equal hosts get an equal answer, and only one of them asks uv
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,15 @@ class Requirements:
             known = _resolved.get(key)
             if known is not None:
                 return known
-            with cache.locked(key[:32]):
-                made = self._made(key, platform, host)
+            refused = _refused.get(key)
+            if refused is not None and time.monotonic() - refused[0] < _REFUSED_S:
+                raise PayloadError(refused[1], host=host)
+            try:
+                with cache.locked(key[:32]):
+                    made = self._made(key, platform, host)
+            except PayloadError as error:
+                _refused[key] = time.monotonic(), str(error.args[0])
+                raise
             if len(_resolved) > 32:
                 _resolved.clear()
             _resolved[key] = made
@@ -155,7 +165,15 @@ class Requirements:
         if self.file and not self.extras and "--hash" in (text := self.content()):
             pinned.write_text(Path(os.path.abspath(self.file)).read_text("utf-8"), "utf-8")
             return True, text
-        command = ["pip", "compile", self.file or "-", "--generate-hashes", "--no-header", "--no-annotate", *_target_words(platform)]
+        command = [
+            "pip",
+            "compile",
+            self.file or "-",
+            "--generate-hashes",
+            "--no-header",
+            "--no-annotate",
+            *_target_words(platform),
+        ]
         command += [word for extra in self.extras for word in ("--extra", extra)]
         pinned.write_text(self._uv(command, platform, host, "\n".join(self.lines) + "\n"), "utf-8")
         return False, pinned.read_text("utf-8")
@@ -163,7 +181,9 @@ class Requirements:
     def _fetch(self, work: Path, tree: Path, platform: Platform, host: str) -> None:
         pinned = next(path for path in (work / "pylock.toml", work / "pinned.txt") if path.exists())
         words = [] if pinned.suffix == ".toml" else ["--require-hashes"]
-        words += ["--no-deps"] if not (self.file and pinned.suffix == ".txt" and not self.lock and "--hash" in self.content()) else []
+        words += (
+            ["--no-deps"] if not (self.file and pinned.suffix == ".txt" and not self.lock and "--hash" in self.content()) else []
+        )
         self._uv(["pip", "install", "--target", str(tree), "-r", str(pinned), *words, *_target_words(platform)], platform, host)
         tree.mkdir(exist_ok=True)  # where there was nothing to install
 
@@ -245,7 +265,16 @@ def _index_settings() -> list[str]:
 
 
 def _target_words(platform: Platform) -> list[str]:
-    return ["--only-binary", ":all:", "--python-platform", platform.target, "--python-version", platform.python, "--python", sys.executable]
+    return [
+        "--only-binary",
+        ":all:",
+        "--python-platform",
+        platform.target,
+        "--python-version",
+        platform.python,
+        "--python",
+        sys.executable,
+    ]
 
 
 def uv() -> str:
@@ -267,8 +296,7 @@ def _reason(stderr: str) -> str:
     """What uv said, without its warnings and frames, as one line."""
     lines = [line for line in stderr.splitlines() if not re.match(r"\s*(warning:|Using |Resolved |Prepared |Downloading)", line)]
     text = " ".join(re.sub(r"^[\s×╰─▶│├]+", "", line).strip() for line in lines)
-    text = re.sub(r"(?<=\w)- (?=\w)", "-", text)
-    return text.strip() or "uv did not say why"
+    return re.sub(r"^error: ", "", text.strip()) or "uv did not say why"
 
 
 def _files_of(tree: Path) -> dict[str, Content]:
@@ -279,12 +307,16 @@ def _files_of(tree: Path) -> dict[str, Content]:
         for name in here:
             path = Path(folder, name)
             relative = path.relative_to(tree).as_posix()
-            if relative == ".lock" or name.endswith(".pyc") or (name in ("direct_url.json", "uv_cache.json") and ".dist-info/" in relative):
+            if (
+                relative == ".lock"
+                or name.endswith(".pyc")
+                or (name in ("direct_url.json", "uv_cache.json") and ".dist-info/" in relative)
+            ):
                 continue
             content = Content(path, bundle.EXECUTABLE if path.stat().st_mode & stat.S_IXUSR else 0)
             if relative.startswith("bin/") and path.stat().st_size < bundle.BLOCK_BYTES:
                 text = path.read_bytes()
-                script = _PYTHON_LINE.match(text)
+                script = PYTHON_LINE.match(text)
                 content = Content(text[script.end() :], bundle.SCRIPT) if script else content
             files[relative] = content
     return files
