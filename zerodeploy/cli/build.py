@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zerodeploy.cli.common import Context, errors_told, options_of, say_json
+from zerodeploy.cli.common import Context, errors_told, modules_of, options_of, say_json
 
 
 @click.command()
@@ -40,7 +40,7 @@ def build(settings: Context, /, wanted: tuple[str, ...], files: tuple[str, ...],
         requirements = [each for file in files for each in wheels.requirements_of(file)]
         requirements += wheels.requirements_of(list(wanted) or None, lock)
         about: dict[str, Any] = app.build(
-            output, requirements=requirements, modules=modules, entry_point=entry_point, console_script=console_script,
+            output, requirements=requirements, modules=modules_of(modules), entry_point=entry_point, console_script=console_script,
             platform=app.platform_of(python, target),
         )  # fmt: skip
         if settings.json:

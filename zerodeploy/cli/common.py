@@ -9,7 +9,7 @@ import math
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ import click
 from zerodeploy.errors import HostError, LinkLost, RemoteCallError, UsageError, ZeroDeployError
 
 __all__ = [
-    "EXIT", "Context", "HostCommand", "deployment", "errors_told", "interpreter_of", "json_text", "options_of", "payload_options",
-    "say_json", "ssh_words", "write_all",
+    "EXIT", "Context", "HostCommand", "deployment", "errors_told", "interpreter_of", "json_text", "modules_of", "options_of",
+    "payload_options", "say_json", "ssh_words", "write_all",
 ]  # fmt: skip
 
 #: exit statuses, besides the remote command's own
@@ -149,12 +149,22 @@ def interpreter_of(settings: dict[str, Any]) -> list[str] | None:
         raise UsageError(f"--python {settings['python']}: {error}") from None
 
 
+def modules_of(names: Iterable[str]) -> list[str]:
+    """Modules that the command line names: those of the working directory first, as with ``python -m``."""
+    found = []
+    for name in names:
+        package, file = os.path.join(*name.split("."), ""), os.path.join(*name.split(".")) + ".py"
+        here = next((path for path in (package, file) if name.isidentifier() and os.path.exists(path)), None)
+        found.append(os.path.join(".", here) if here else name)
+    return found
+
+
 def payload_options(settings: dict[str, Any]) -> dict[str, Any]:
     """What is to be shipped, as keywords of a deployment."""
     if settings.get("wanted") and settings.get("requirements"):
         raise UsageError("--with and --requirements exclude each other")
     given = {
-        "modules": list(settings.get("modules") or ()), "requirements": list(settings.get("wanted") or ()) or settings.get("requirements"),
+        "modules": modules_of(settings.get("modules") or ()), "requirements": list(settings.get("wanted") or ()) or settings.get("requirements"),
         "lock": settings.get("lock"),
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value}

@@ -296,6 +296,7 @@ def _reason(stderr: str) -> str:
     """What uv said, without its warnings and frames, as one line."""
     lines = [line for line in stderr.splitlines() if not re.match(r"\s*(warning:|Using |Resolved |Prepared |Downloading)", line)]
     text = " ".join(re.sub(r"^[\s×╰─▶│├]+", "", line).strip() for line in lines)
+    text = re.sub(r"\[possible values: [^\]]*\]\s*(For more information.*)?", "", text)  # uv --help has them
     return re.sub(r"^error: ", "", text.strip()) or "uv did not say why"
 
 
