@@ -24,10 +24,13 @@ def start(worker: Any, message: Any, streams: List[Channel]) -> None:
     if message.env is not None:
         environment = dict(message.env) if message.clear_env else {**os.environ, **message.env}
     try:
+        piped = message.stdin or not os.path.exists(os.devnull)  # there is none in a bare chroot
         process = subprocess.Popen(
-            message.argv, stdin=subprocess.PIPE if message.stdin else subprocess.DEVNULL, stdout=subprocess.PIPE,
+            message.argv, stdin=subprocess.PIPE if piped else subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, bufsize=0, cwd=message.cwd, env=environment, start_new_session=True,
         )  # fmt: skip
+        if piped and not message.stdin:
+            process.stdin.close()  # type: ignore[union-attr]
     except Exception as error:
         for channel in streams:
             worker.channels.forget(channel.number)

@@ -96,12 +96,18 @@ def make_private_dir(marker, wanted):
     import fcntl
 
     rejected = []
-    for parent in candidates(wanted):
-        reason = why_not(parent)
+    made = os.environ.get("ZERODEPLOY_DIR", "")  # by the shell, which has put this Python there
+    if os.path.basename(made) != "zerodeploy-" + marker[:16]:
+        made = ""
+    for parent in [os.path.dirname(made)] if made else candidates(wanted):
+        reason = None if made else why_not(parent)
         if reason is None:
             path = os.path.join(parent, "zerodeploy-" + marker[:16])
             try:
-                os.mkdir(path, 0o700)
+                if made:
+                    os.environ.pop("PYTHONHOME", None)  # it is for this Python alone, whose starter sets it
+                else:
+                    os.mkdir(path, 0o700)
                 try:
                     os.chmod(path, 0o700)
                     fd = os.open(os.path.join(path, "lease"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -132,9 +138,9 @@ def lease_text(marker):
 
 
 def remove(path):
-    for name in os.listdir(path):
-        os.unlink(os.path.join(path, name))
-    os.rmdir(path)
+    import shutil
+
+    shutil.rmtree(path, True)
 
 
 def read_exactly(fd, size, deadline, copy=None):
@@ -225,10 +231,13 @@ def main(marker, seconds, wanted, transport, rest):
         # from one process to two before anything heavy is imported: each loads what it needs at the same time
         down, up, stdout, stderr = os.pipe(), os.pipe(), os.pipe(), os.pipe()
         link_in, link_out = os.dup(0), os.dup(1)  # dup gives non-inheritable copies: no child ever holds the link
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0)
-        os.dup2(null, 1)
-        os.close(null)
+        try:
+            null = (os.open(os.devnull, os.O_RDWR),) * 2
+        except OSError:  # a bare chroot
+            null = os.pipe()
+        os.dup2(null[0], 0)
+        os.dup2(null[1], 1)
+        close_all(set(null))
         worker = os.fork()
         if worker == 0:
             os.setsid()  # a session and process group of its own: signals to the group miss the keeper

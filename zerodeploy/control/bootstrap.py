@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from zerodeploy_agent import messages
 
+from zerodeploy.control.prelude import NO_ROOM, NOT_UNPACKED, SHIP
 from zerodeploy.errors import (
     AgentDidNotStart,
     BootstrapError,
@@ -31,8 +32,9 @@ _CANDIDATES = ("python3", "python3.13", "python3.12", "python3.11", "python3.10"
 _PATHS = ("/usr/bin/python3", "/usr/local/bin/python3", "/usr/libexec/platform-python")
 
 
-def script(marker: str, *, python: Sequence[str] | None, tmpdir: str | None, transport: str, payload_limit_s: float) -> str:
-    """The one-line shell script that finds a Python and starts stage 0 with it.
+def script(marker: str, *, python: Sequence[str] | None, tmpdir: str | None, transport: str, payload_limit_s: float,
+           ship: bool = False) -> str:  # fmt: skip
+    """The one-line shell script that finds a Python and starts stage 0 with it; with *ship* it asks for one if there is none.
 
     It holds no single quote, newline, backslash or ``!``, so that any login shell can pass it on to ``/bin/sh``. The
     mark in the environment is how processes of the session are found again; it is no secret.
@@ -44,12 +46,35 @@ def script(marker: str, *, python: Sequence[str] | None, tmpdir: str | None, tra
     if python is not None:
         words = " ".join(_double_quote(word) for word in python)
         return f'{head}exec {words} -c "$B" "$S" {args} {_double_quote(python[-1])}'
-    # for a path, dash's command -v asks only whether it is there
-    return (
-        f'{head}set --;for p in {" ".join(_CANDIDATES)};do command -v $p >/dev/null 2>&1&&set -- "$@" $p;done;'
-        f'for p in {" ".join(_PATHS)};do [ -x $p ]&&set -- "$@" $p;done;'
+    usable = '&&"$p" -c "import sys;sys.exit(sys.version_info<(3,8))"' if ship else ""
+    # for a path, dash's command -v asks only whether it is there; $() and not >/dev/null, which a bare chroot may lack
+    look = (
+        f'{head}set --;for p in {" ".join(_CANDIDATES)};do [ "$(command -v $p)" ]{usable}&&set -- "$@" $p;done;'
+        f'for p in {" ".join(_PATHS)};do [ -x $p ]{usable}&&set -- "$@" $p;done;'
         f'[ $# -gt 0 ]&&exec "$1" -c "$B" "$S" {args} "$@";'
-        f'echo;echo {marker} {NO_PYTHON} "$PATH";exit 71'
+    )
+    return look + (_receive(marker, args, tmpdir) if ship else f'echo;echo {marker} {NO_PYTHON} "$PATH";exit 71')
+
+
+def _receive(marker: str, args: str, tmpdir: str | None) -> str:
+    """The rest of the line for a host that is sent a Python: it makes the private dir, which stage 0 then goes on with.
+
+    Only what every system has is used, from busybox by its path where there is nothing else: without /proc its shell finds
+    none of its own commands. Status 126 of an empty script shows
+    that nothing may be executed from a place (busybox can't run one without /proc, which is another status). Whatever ends the line early removes the directory.
+    """
+    first = _double_quote(tmpdir) if tmpdir else ""
+    return (
+        "Z=;case $(command -v tar) in /*);;*)for b in /bin /usr/bin /sbin /usr/sbin /usr/local/bin;do [ -x $b/busybox ]&&Z=$b/busybox;done;;"
+        'esac;z(){ $Z "$@";};D=;'
+        f"for t in {first} $TMPDIR /tmp /var/tmp /dev/shm $HOME;do [ -k $t ]||[ -O $t ]||continue;d=$t/zerodeploy-{marker[:16]};"
+        "z mkdir -m 700 $d||continue;if { echo :>$d/x;}&&z chmod 700 $d/x;then $d/x;[ $? -ne 126 ]&&D=$d&&break;fi;"
+        f"z rm -rf $d;done;[ $D ]||{{ echo;echo {marker} {NO_ROOM};exit 73;}};"
+        'trap "z rm -rf $D" 0;trap "exit 1" 1 2 13 15;z rm $D/x;'
+        f"echo;echo {marker} {SHIP} $(z uname -m);read n||exit 1;z head -c $n|z gzip -dc|z tar xf - -C $D;"
+        f"[ -x $D/python/bin/python3 ]||{{ echo;echo {marker} {NOT_UNPACKED};exit 74;}};trap - 0 1 2 13 15;"
+        f'ZERODEPLOY_DIR=$D;PATH=$D/python/bin:$PATH;export ZERODEPLOY_DIR PATH;exec $D/python/bin/python3 -c "$B" "$S" {args} '
+        "$D/python/bin/python3"
     )
 
 

@@ -20,6 +20,7 @@ from zerodeploy_agent.streams import Channels
 
 from zerodeploy.control import bootstrap
 from zerodeploy.control.output import OnOutput, Output
+from zerodeploy.control.prelude import SHIP, Archive, Prelude, not_shipped, send_python
 from zerodeploy.control.reading import LinkReader
 from zerodeploy.control.replies import Reply
 from zerodeploy.errors import AgentDidNotStart, LinkLost, ProtocolError, WorkerDied, ZeroDeployError
@@ -29,7 +30,6 @@ from zerodeploy.payload.built import built
 
 __all__ = ["Session", "SessionOptions"]
 
-_NOISE_BYTES = 1 << 16
 _STDERR_BYTES = 1 << 16
 _log = logging.getLogger("zerodeploy")
 
@@ -39,6 +39,7 @@ class SessionOptions:
     """What a session is started with. Times are seconds."""
 
     python: Sequence[str] | None = None
+    python_archive: Archive | None = None  # for hosts without a Python, by machine type
     tmpdir: str | None = None
     transport: str = "tunnel"
     keepalive: float = 5.0
@@ -72,12 +73,12 @@ class Session:
         self.pid = os.getpid()
         self._decoder = frames.Decoder()
         self._pings = 0
-        self._noise = b""
+        self._prelude = Prelude(self.marker)
         self._stderr = b""
         self._requests = itertools.count(1)
         self._waiting: dict[int, Reply] = {}
         self._lock = threading.Lock()
-        self._greeted, self._lived, self._is_ready, self._over = Reply(), Reply(), Reply(), threading.Event()
+        self._wish, self._greeted, self._lived, self._is_ready, self._over = Reply(), Reply(), Reply(), Reply(), threading.Event()
         self.shipped: set[str] = set()  # keys of the functions that the far side has; guarded by ship_lock
         self.ship_lock = threading.Lock()
         self._exits: dict[int, Reply] = {}
@@ -92,8 +93,9 @@ class Session:
         options = self.options
         payload_limit_s = max(options.connect_timeout, 3 * options.keepalive)
         line = bootstrap.script(
-            self.marker, python=options.python, tmpdir=options.tmpdir, transport=options.transport, payload_limit_s=payload_limit_s
-        )
+            self.marker, python=options.python, tmpdir=options.tmpdir, transport=options.transport, payload_limit_s=payload_limit_s,
+            ship=options.python_archive is not None,
+        )  # fmt: skip
         self._line_bytes = len(line)
         began = self._began = time.monotonic()
         try:
@@ -105,6 +107,9 @@ class Session:
             )  # fmt: skip
             self._outbox = self.reader.outbox
             self.reader.start()
+            if options.python_archive is not None:
+                send_python(self, self._wish, options.python_archive, options.connect_timeout)
+                self._greeted.wait(options.connect_timeout)  # the shell must not find what is meant for the agent
             with contextlib.suppress(OSError):  # the reading thread knows better why
                 self._send_opening()
                 built().keep()
@@ -112,7 +117,7 @@ class Session:
         except TimeoutError:
             # told by what is known now; the connection is ended, so the far side sees its end as well
             error = bootstrap.start_error(
-                self.link, status=None, stderr=self.stderr_text(), noise=self._noise.decode("utf-8", "replace"),
+                self.link, status=None, stderr=self.stderr_text(), noise=self.noise_text(),
                 waited_s=time.monotonic() - began, timed_out=True, logged_in=running.logged_in(), python=options.python,
             )  # fmt: skip
             self._abandon(error)
@@ -295,7 +300,7 @@ class Session:
 
     def noise_text(self) -> str:
         """What login scripts printed before the agent spoke, its end."""
-        return self._noise.decode("utf-8", "replace")
+        return self._prelude.noise.decode("utf-8", "replace")
 
     def _received(self, data: bytes) -> None:
         self._last_heard = time.monotonic()
@@ -306,24 +311,18 @@ class Session:
             self._on_frame(*frame)
 
     def _after_marker(self, data: bytes) -> bytes:
-        """What follows the marker; what precedes it is kept for error messages, bounded."""
-        self._noise += data
-        mark = self.marker.encode("ascii")
-        at = self._noise.find(mark)
-        if at < 0:
-            self._noise = self._noise[-_NOISE_BYTES:]
-            return b""
-        end = self._noise.find(b"\n", at)
-        if end < 0:
-            return b""
-        words = self._noise[at + len(mark) : end].decode("utf-8", "replace").split(None, 1)
-        rest = self._noise[end + 1 :]
-        self._noise = self._noise[:at].strip()
-        if words and words[0] == bootstrap.NO_PYTHON:
-            raise_later = bootstrap.no_python_error(words[1] if len(words) > 1 else "", host=self.host, stderr=self.stderr_text())
-            self.fail(raise_later)
-            return b""
-        return rest
+        """What follows the marker: the first frame. The shell line has words of its own there, when there is no Python."""
+        while (found := self._prelude.feed(data)) is not None:
+            words, data = found
+            if not words:
+                return data
+            if words[0] == SHIP:
+                self._wish.resolve(messages.StageFailed(stage="interpreter", code=SHIP, text=" ".join(words[1:]), seen=[]))
+            elif words[0] == bootstrap.NO_PYTHON:
+                self.fail(bootstrap.no_python_error(" ".join(words[1:]), host=self.host, stderr=self.stderr_text()))
+            else:
+                self.fail(not_shipped(words[0], host=self.host, stderr=self.stderr_text()))
+        return b""
 
     def _on_frame(self, number: int, kind: int, payload: bytes | memoryview) -> None:
         if number >= frames.VIEWS_FROM:
@@ -389,6 +388,7 @@ class Session:
                 for path, reason in fields["rejected"]:
                     _log.info("%s: the temp dir %s was passed over: %s", self.host, path, reason)
                 self._greeted.resolve(message)
+                self._wish.resolve(message)
             case messages.Live():
                 proof = hello.hmac_sha256(self.token, b"live" + self.marker.encode("ascii")).hex()
                 if not secrets.compare_digest(proof, fields["proof"]):
@@ -429,7 +429,7 @@ class Session:
         stderr = self.stderr_text()
         if was == control.CONNECTING:
             error = bootstrap.start_error(
-                self.link, status=status, stderr=stderr, noise=self._noise.decode("utf-8", "replace"),
+                self.link, status=status, stderr=stderr, noise=self.noise_text(),
                 waited_s=time.monotonic() - self._began, timed_out=False, logged_in=running.logged_in(),
                 python=self.options.python,
             )  # fmt: skip
@@ -461,7 +461,7 @@ class Session:
             waiting = [*self._waiting.values(), *self._exits.values()]
             self._waiting.clear()
             self._exits.clear()
-        for reply in (self._greeted, self._lived, self._is_ready, *waiting):
+        for reply in (self._wish, self._greeted, self._lived, self._is_ready, *waiting):
             reply.fail(standing)
         self.channels.break_all(str(standing))
         if end:

@@ -21,6 +21,7 @@ from zerodeploy.link.resolve import resolve
 
 if TYPE_CHECKING:
     from zerodeploy.deployment.payload import Payload
+    from zerodeploy.payload.bundles import Bundle
 
 __all__ = ["PAYLOAD_PARTS", "DeployedServer"]
 
@@ -51,6 +52,8 @@ class DeployedServer:
             ``ServerCls`` and ``logger``, as in rpyc's own server script.
         python_executable: the interpreter: a name or path, a plumbum command, or words such as
             ``["sudo", "-n", "python3"]``. Default: the first of python3, python3.13 … python3.8, python that is 3.8+.
+            *python* is the same. ``"ship"``: that, and where there is none a Python is sent along, 10 MB: Debian's, put
+            together on this machine and kept in its cache. It is gone with the deployment.
         transport: how RPyC connections travel. ``"tunnel"`` (a port on both loopbacks, forwarded by the same ssh),
             ``"unix"`` (a socket in the private directory, likewise), ``"stdio"`` (inside the link, no port anywhere).
             Default: tunnel where the link can forward, else stdio. Where sshd refuses the forwarding the connection goes
@@ -99,6 +102,7 @@ class DeployedServer:
         forward_imports: Sequence[str] = (),
         zipapp: str | os.PathLike[str] | None = None,
         keep: str | None = None,
+        python: object = None,
         payload: Payload | None = None,
         payload_timeout: float | None = None,
     ) -> None:
@@ -124,8 +128,13 @@ class DeployedServer:
         setup = _setup(link, server_class, service_class, extra_setup, trust_remote)
         eager = bool(extra_setup) or server_class != _DEFAULT_SERVER_CLASS or service_class != _DEFAULT_SERVICE_CLASS
         self._wanted_transport = transport or link.default_transport
+        if python is not None:
+            if python_executable is not None:
+                raise UsageError("python= and python_executable= are the same")
+            python_executable = python
+        ship = python_executable == "ship"
         options = SessionOptions(
-            python=_interpreter(python_executable), tmpdir=tmpdir, transport=self._wanted_transport, keepalive=float(keepalive),
+            python=None if ship else _interpreter(python_executable), python_archive=_shippable if ship else None, tmpdir=tmpdir, transport=self._wanted_transport, keepalive=float(keepalive),
             connect_timeout=float(connect_timeout), on_output=on_output, setup=setup,
         )  # fmt: skip
         session = Session(link, options)
@@ -440,6 +449,12 @@ def _interpreter(python: object) -> list[str] | None:
     if not words or not words[0]:
         raise UsageError("python_executable is empty")
     return [str(word) for word in words]
+
+
+def _shippable(machine: str) -> Bundle:
+    from zerodeploy.payload.interpreter import shippable
+
+    return shippable(machine)
 
 
 def _close_session(session: Session, pid: int) -> None:
