@@ -29,7 +29,7 @@ from zerodeploy.deployment.hosts import HostSpec
 from zerodeploy.testing import SshServer, sshd_path
 
 _DISKS = Path("/run")
-_DISK_BYTES = 16 << 20
+_DISK_BYTES = 64 << 20  # a Python and its pyc files fit
 _NOBODY = "02:00:00:00:00:99"  # a MAC address that nobody has
 _INNER_NET = "192.168.77"
 _MOUNTS = """

@@ -103,7 +103,7 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """How to reach the host: options that every command with a HOST has."""
     for option in (
         click.option("--transport", type=click.Choice(["tunnel", "stdio", "unix"]), help="How RPyC connections travel."),
-        click.option("--python", "python", metavar="NAME", help="The interpreter on the host; words as a shell splits them."),
+        click.option("--python", "python", metavar="NAME", help="The interpreter on the host; words as a shell splits them. \"ship\": send one where there is none."),
         click.option("--tmpdir", metavar="DIR", help="A directory of the host to try first for the private one."),
         click.option("--connect-timeout", type=float, default=30.0, show_default=True, metavar="S", help="For login and start."),
         click.option("--keepalive", type=float, default=5.0, show_default=True, metavar="S",
@@ -139,9 +139,12 @@ def ssh_words(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def interpreter_of(settings: dict[str, Any]) -> list[str] | None:
-    """The words of ``--python``."""
+def interpreter_of(settings: dict[str, Any]) -> list[str] | str | None:
+    """The words of ``--python``, or ``"ship"``."""
     import shlex
+
+    if settings.get("python") == "ship":
+        return "ship"
 
     try:
         return shlex.split(settings["python"]) if settings.get("python") else None

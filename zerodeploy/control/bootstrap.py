@@ -60,8 +60,8 @@ def _receive(marker: str, args: str, tmpdir: str | None) -> str:
     """The rest of the line for a host that is sent a Python: it makes the private dir, which stage 0 then goes on with.
 
     Only what every system has is used, from busybox by its path where there is nothing else: without /proc its shell finds
-    none of its own commands. Status 126 of an empty script shows
-    that nothing may be executed from a place (busybox can't run one without /proc, which is another status). Whatever ends the line early removes the directory.
+    none of its own commands. Status 126 of an empty script shows that nothing may be executed from a place (busybox can't run
+    one without /proc, which is another status). Whatever ends the line early removes the directory, before anybody hears of it.
     """
     first = _double_quote(tmpdir) if tmpdir else ""
     return (
@@ -70,9 +70,9 @@ def _receive(marker: str, args: str, tmpdir: str | None) -> str:
         f"for t in {first} $TMPDIR /tmp /var/tmp /dev/shm $HOME;do [ -k $t ]||[ -O $t ]||continue;d=$t/zerodeploy-{marker[:16]};"
         "z mkdir -m 700 $d||continue;if { echo :>$d/x;}&&z chmod 700 $d/x;then $d/x;[ $? -ne 126 ]&&D=$d&&break;fi;"
         f"z rm -rf $d;done;[ $D ]||{{ echo;echo {marker} {NO_ROOM};exit 73;}};"
-        'trap "z rm -rf $D" 0;trap "exit 1" 1 2 13 15;z rm $D/x;'
-        f"echo;echo {marker} {SHIP} $(z uname -m);read n||exit 1;z head -c $n|z gzip -dc|z tar xf - -C $D;"
-        f"[ -x $D/python/bin/python3 ]||{{ echo;echo {marker} {NOT_UNPACKED};exit 74;}};trap - 0 1 2 13 15;"
+        'q(){ trap "" 1 2 13 15;z rm -rf $D;};trap q 0;trap "exit 1" 1 2 13 15;z rm $D/x;'
+        f"echo;echo {marker} {SHIP} $(z uname -m);read n||exit 1;z head -c $n|z gzip -dc|z tar xf - -C $D&&"
+        f"[ -s $D/python/bin/python3 ]||{{ q;echo;echo {marker} {NOT_UNPACKED};exit 74;}};trap - 0 1 2 13 15;"
         f'ZERODEPLOY_DIR=$D;PATH=$D/python/bin:$PATH;export ZERODEPLOY_DIR PATH;exec $D/python/bin/python3 -c "$B" "$S" {args} '
         "$D/python/bin/python3"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from zerodeploy_agent.frames import ChannelError
 
 from zerodeploy.control.replies import Reply
-from zerodeploy.errors import AgentDidNotStart, NoSpace, TempDirUnusable, ZeroDeployError
+from zerodeploy.errors import AgentDidNotStart, NoSpace, PayloadError, TempDirUnusable, ZeroDeployError
 
 if TYPE_CHECKING:
     from zerodeploy.control.session import Session
@@ -53,7 +53,10 @@ def send_python(session: Session, wish: Reply, archive: Archive, connect_timeout
     text = str(vars(wish.wait(connect_timeout_s)).get("text", ""))
     if not text:
         return  # it has one, and has greeted
-    bundle = archive(text.split()[0])
+    try:
+        bundle = archive(text.split()[0])
+    except PayloadError as error:
+        raise PayloadError(str(error.args[0]), host=session.host) from error
     late = AgentDidNotStart("the Python could not be sent: the link does not move", host=session.host, stage="interpreter")
     timer = threading.Timer(connect_timeout_s + bundle.size / _SLOWEST, session.fail, [late])
     timer.daemon = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import stat
 import sys
 import types
@@ -173,9 +174,10 @@ def _add_path(found: Modules, path: Path) -> None:
         found.names.add(path.name)
         return
     found.paths.append(path.name)
-    for entry in path.iterdir():
-        if entry.suffix == ".py" or (entry.is_dir() and (entry / "__init__.py").exists()):
-            found.names.add(entry.stem)
+    for name in found.files:
+        head, _, inside = name.partition("/")
+        if head == path.name and (re.fullmatch(r"[^/]+\.py", inside) or re.fullmatch(r"[^/]+/__init__\.py", inside)):
+            found.names.add(inside.partition("/")[0].removesuffix(".py"))
 
 
 def _add_tree(found: Modules, base: str, root: Path, whose: str, above: Sequence[tuple[int, int]] = ()) -> None:
