@@ -25,6 +25,8 @@ format: $(call STAMP,check)
 	$(BIN)/ruff check --fix .
 
 bench: $(call STAMP,bench) servers
+	@command -v rsync >/dev/null 2>&1 || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null 2>&1 && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends rsync >/dev/null 2>&1; } || true
 	$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 # A virtual environment without its ensurepip too: Debian splits that off (python3-venv).
