@@ -190,7 +190,7 @@ class NeedPart(Message):
 
 
 class Part(Message):
-    """The late files, as a body: a dict of path to bytes."""
+    """The late files, as a body: bytes, zlib over a JSON object of path to text."""
 
     FIELDS = {"id": _INT, "body": (dict,)}
 

@@ -323,7 +323,13 @@ class Worker:
         return self._part or {}
 
     def _take_part(self, message: messages.Message, channel: Channel) -> None:
-        self._part = self.read_body(message.body, channel)  # type: ignore[assignment]
+        import zlib
+
+        from .compactjson import loads
+
+        packed: Any = self.read_body(message.body, channel)
+        files: Any = loads(zlib.decompress(packed))
+        self._part = {name: text.encode() for name, text in files.items()}
         self._part_came.set()
 
     def _watch_gate(self) -> None:
@@ -365,6 +371,7 @@ def main(marker: str, private_dir: str, link_in: int, link_out: int, listener: i
         # whatever the host's locale, what remote code prints must not fail; the pipe takes it line by line
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     sys.argv = [""]
+    sys.dont_write_bytecode = True  # beside the host's own modules it would stay; beside ours it is read once
     worker = Worker(marker, private_dir, link_in, link_out, listener, finder)
     while True:
         try:

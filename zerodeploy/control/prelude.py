@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from zerodeploy_agent.frames import ChannelError
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Archive", "Prelude", "not_shipped", "send_python"]
 
-Archive: TypeAlias = "Callable[[str], Bundle]"  # a Python for a machine type
+Archive = Callable[[str], "Bundle"]  # a Python for a machine type
 
 _NOISE_BYTES = 1 << 16
 _SLOWEST = 100_000  # bytes a second: what is slower is taken for a link that does not move
-#: what the shell line says when it wants a Python sent, and when that can't be done
+# what the shell line says when it wants a Python sent, and when that can't be done
 SHIP, NO_ROOM, NOT_UNPACKED = "ship", "no-room", "not-unpacked"
 
 

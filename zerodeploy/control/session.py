@@ -258,7 +258,7 @@ class Session:
                 return
             request, number, _ = self.next_request()
             self.finish(request)
-            body, segments = plain.pack(built().late(), "part", number)
+            body, segments = plain.pack(built().packed_late, "part", number)
             self.send_body(messages.Part(id=request, body=body), number, segments)
             self._late_sent = True
 

@@ -27,7 +27,7 @@ _MAGIC = b"ZDA1"
 
 
 class Built:
-    """``stage`` goes on the command line, ``wire`` down the link, ``late`` when it is asked for.
+    """``stage`` goes on the command line, ``wire`` down the link, ``packed_late`` when it is asked for.
 
     Each is built when it is first looked at, if it was not kept: the wire while ssh logs in.
     """
@@ -39,7 +39,7 @@ class Built:
     @classmethod
     def _of(cls, stage: bytes, late: bytes, wire: bytes) -> Built:
         made = cls(None, b"")
-        made.__dict__.update(stage=stage.decode("ascii"), wire=wire, _packed_late=late)
+        made.__dict__.update(stage=stage.decode("ascii"), wire=wire, packed_late=late)
         return made
 
     @functools.cached_property
@@ -51,13 +51,10 @@ class Built:
         return building.agent().wire
 
     @functools.cached_property
-    def _packed_late(self) -> bytes:
+    def packed_late(self) -> bytes:
+        """The files that follow when they are asked for: zlib over JSON, path to text."""
         files = {name: data.decode("utf-8") for name, data in building.late_part().items()}
         return zlib.compress(json.dumps(files).encode("ascii"))
-
-    def late(self) -> dict[str, bytes]:
-        """The files that follow when they are asked for."""
-        return {name: text.encode("utf-8") for name, text in json.loads(zlib.decompress(self._packed_late)).items()}
 
     def keep(self) -> None:
         """Keep it for the next process, if this one has built it and there is a place."""
@@ -68,7 +65,7 @@ class Built:
             _write(self._path, self._dump())
 
     def _dump(self) -> bytes:
-        parts = [self.stage.encode("ascii"), self._packed_late, self.wire]
+        parts = [self.stage.encode("ascii"), self.packed_late, self.wire]
         body = b"".join(parts)
         return _HEAD.pack(_MAGIC, self._key, hashlib.sha256(body).digest(), *map(len, parts)) + body
 
