@@ -356,3 +356,18 @@ def test_large_and_empty_files_arrive_exactly(tmp_path):
 
     with DeployedServer(LocalLink(), modules=[Path(folder)]) as server:
         assert server.call(digests) == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_an_extension_for_another_python(tmp_path):
+    """Told, and not a ModuleNotFoundError at the first import."""
+    package = tmp_path / "zdnative"
+    package.mkdir()
+    (package / "__init__.py").write_text("VALUE = 1\n")
+    (package / "_speed.cpython-39-x86_64-linux-gnu.so").write_bytes(b"")
+    python = python_or_skip("3.8")
+    with pytest.raises(PayloadError, match=r"zdnative/_speed is a C extension built for cpython-39-x86_64-linux-gnu.*cpython-38"):
+        DeployedServer(LocalLink(), modules=[package], python_executable=python)
+    (package / "_speed.abi3.so").write_bytes(b"")
+    (package / "libother.so").write_bytes(b"")
+    with DeployedServer(LocalLink(), modules=[package], python_executable=python) as server:
+        assert server.call("zdnative:VALUE.bit_length") == 1

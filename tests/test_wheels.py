@@ -357,6 +357,8 @@ def test_what_is_no_requirement(options, text):
         ({"libc": "glibc 2.30"}, "x86_64-manylinux_2_28"),
         ({"libc": "glibc 2.99", "machine": "aarch64"}, "aarch64-manylinux_2_40"),
         ({"libc": "musl"}, "x86_64-unknown-linux-musl"),
+        ({"libc": "musl 1.2.5"}, "x86_64-unknown-linux-musl"),
+        ({"libc": "musl 1.1.24"}, None),
         ({"system": "Darwin", "machine": "arm64", "libc": ""}, "aarch64-apple-darwin"),
         ({"libc": "glibc 2.12"}, None),
         ({"machine": "riscv128"}, None),

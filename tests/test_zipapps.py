@@ -17,6 +17,7 @@ from tests.test_wheels import folder, fresh, index, kept, near_cache, wheel  # n
 from zerodeploy import DeployedServer, PayloadError, UsageError
 from zerodeploy.cli.main import main
 from zerodeploy.link.command import LocalLink
+from zerodeploy.payload.app import platform_of
 
 
 @pytest.fixture
@@ -159,6 +160,21 @@ def test_what_can_not_be_built(folder, project, tmp_path, words, text, capsys): 
 def test_a_target_that_can_not_be_written(folder, project, tmp_path, capsys):  # noqa: F811
     build("zdbeta", "-o", tmp_path / "no" / "x.pyz", status=2)
     assert "there is no directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("manylinux2014_x86_64", "x86_64-manylinux2014"),
+        ("manylinux_2_28_aarch64", "aarch64-manylinux_2_28"),
+        ("musllinux_1_2_x86_64", "x86_64-unknown-linux-musl"),
+        ("aarch64", "aarch64-unknown-linux-gnu"),
+        ("macosx_11_0_arm64", "aarch64-apple-darwin"),
+        ("x86_64-manylinux_2_17", "x86_64-manylinux_2_17"),
+    ],
+)
+def test_names_of_platforms(given, name):
+    assert platform_of("3.9", given).target == name
 
 
 def test_what_is_no_zipapp(tmp_path, room):

@@ -24,6 +24,18 @@ def hmac_sha256(key: bytes, text: bytes) -> bytes:
     return digest
 
 
+def _musl() -> str:
+    """musl tells its version when its loader is run (as packaging._musllinux does)."""
+    import glob
+    import subprocess
+
+    for loader in glob.glob("/lib/ld-musl-*"):
+        said = subprocess.run([loader], stdout=subprocess.PIPE, stderr=subprocess.PIPE).stderr.split(b"Version ")
+        if len(said) > 1:
+            return "musl " + said[1].split()[0].decode("ascii", "replace")
+    return "musl"
+
+
 def platform() -> dict[str, object]:
     """Facts from which wheel tags follow (PEP 425, PEP 600): the near side spells them out."""
     import _imp
@@ -35,7 +47,7 @@ def platform() -> dict[str, object]:
     except (ValueError, OSError, AttributeError):
         pass
     if not libc and names.sysname == "Linux":
-        libc = "musl"
+        libc = _musl()
     return {
         "system": names.sysname,
         "machine": names.machine,

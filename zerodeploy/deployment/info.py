@@ -61,7 +61,8 @@ def platform_tags(facts: Mapping[str, object]) -> list[str]:
             if number in legacy:
                 platforms.append(f"{legacy[number]}_{machine}")
     elif name == "musl":
-        platforms += [f"musllinux_1_{number}_{machine}" for number in (2, 1)]
+        newest = int(version.split(".")[1]) if version.count(".") else 2
+        platforms += [f"musllinux_1_{number}_{machine}" for number in range(newest, 0, -1)]
     platforms.append(f"linux_{machine}")
     interpreter = f"cp{major}{minor}" if facts["implementation"] == "cpython" else f"pp{major}{minor}"
     tags = [f"{interpreter}-{interpreter}-{platform}" for platform in platforms]

@@ -121,6 +121,9 @@ class Payload:
         if self._modules.files:
             with self._lock:
                 bundle = self._modules_bundle
+            if bundle.native:
+                facts = vars(client.session.wait_live())["platform"]
+                self._modules.check_natives(str(facts["abi"]), client.session.host)
             yield "modules", bundle, {"paths": self._modules.paths, "front": True}
 
     def _forward(self, name: str) -> tuple[Bundle, Sequence[str]]:

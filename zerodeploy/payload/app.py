@@ -37,7 +37,8 @@ def platform_of(python: str | None, target: str | None) -> Platform:
 
     Args:
         python: a version, as ``3.9``.
-        target: one of uv's names, as ``x86_64-manylinux_2_17``, ``aarch64-unknown-linux-gnu`` or ``linux``.
+        target: one of uv's names, as ``x86_64-manylinux_2_17``, ``aarch64-unknown-linux-gnu`` or ``linux``, or a wheel's tag, as
+            ``manylinux2014_x86_64``.
 
     Raises:
         UsageError: no such version.
@@ -47,8 +48,26 @@ def platform_of(python: str | None, target: str | None) -> Platform:
         raise UsageError(f"--python {python}: a version is 3.N or 3.N.M")
     if python is not None and int(python.split(".")[1]) < 8:
         raise UsageError(f"--python {python}: 3.8 is the oldest")
+    if target is not None:
+        target = _uv_name(target)
     version = python or ".".join(str(part) for part in sys.version_info[:3])
     return Platform(target, version) if target else Platform(Platform.of(hello.platform()).target, version)
+
+
+def _uv_name(text: str) -> str:
+    """uv's name for a platform that is given as a wheel's tag (PEP 600, 656) or as a machine; others stay as they are."""
+    machines = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+    if text in machines:
+        return f"{machines[text]}-unknown-linux-gnu"
+    tag = re.fullmatch(r"(manylinux_\d+_\d+|manylinux2014|musllinux_\d+_\d+|linux|macosx_\d+_\d+)_(x86_64|aarch64|arm64)", text)
+    if tag is None:
+        return text
+    family, machine = tag[1], machines[tag[2]]
+    if family.startswith("manylinux"):
+        return f"{machine}-{family}"
+    return {"mus": f"{machine}-unknown-linux-musl", "lin": f"{machine}-unknown-linux-gnu", "mac": f"{machine}-apple-darwin"}[
+        family[:3]
+    ]
 
 
 def build(output: Path, *, requirements: Sequence[Requirements] = (), modules: Sequence[object] = (), entry_point: str | None = None,

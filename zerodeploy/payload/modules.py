@@ -49,6 +49,21 @@ class Modules:
                 "it lies in"
             )
 
+    def check_natives(self, suffix: str, host: str) -> None:
+        """Raises `PayloadError` for an extension module that an interpreter with this *suffix* of its own can't load."""
+        built: dict[str, list[str]] = {}
+        for name in self.files:
+            found = re.fullmatch(r"(.*/)?(\w+)\.((?:cpython|pypy|abi3)[\w-]*)\.so", name)
+            if found:
+                built.setdefault((found[1] or "") + found[2], []).append(found[3])
+        for stem, tags in sorted(built.items()):
+            if suffix not in (f".{tag}.so" for tag in tags) and "abi3" not in tags:
+                raise PayloadError(
+                    f"modules=: {stem} is a C extension built for {', '.join(sorted(tags))}, and the host loads {suffix}: give the "
+                    "package to requirements=, which fetches wheels for the host",
+                    host=host,
+                )
+
 
 def collect(modules: object) -> Modules:
     """All files of *modules*: module objects, names of modules, and paths of files and directories.

@@ -60,7 +60,7 @@ class Platform:
             machine = "a 32-bit userland"
         name, _, number = libc.partition(" ")
         if facts["system"] == "Linux" and machine in ("x86_64", "aarch64"):
-            if name == "musl":
+            if name == "musl" and not number.startswith(("0.", "1.0", "1.1")):  # uv's musl is 1.2
                 return cls(f"{machine}-unknown-linux-musl", version)
             known = [minor for minor in _GLIBC if number.startswith("2.") and minor <= int(number.split(".")[1])]
             if known:
