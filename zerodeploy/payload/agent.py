@@ -54,7 +54,20 @@ _RPYC_LATE = (
     "utils/server.py", "utils/teleportation.py",
 )  # fmt: skip
 
-_AGENT_LATE = ("bundle.py", "forward.py", "kept.py", "payloads.py", "relay.py", "spawning.py", "standalone.py", "transfer.py")
+_AGENT_LATE = (
+    "bundle.py",
+    "forward.py",
+    "foundprocess.py",
+    "kept.py",
+    "outputlog.py",
+    "payloads.py",
+    "processes.py",
+    "relay.py",
+    "spawning.py",
+    "standalone.py",
+    "supervisor.py",
+    "transfer.py",
+)
 
 # packages whose own __init__ imports everything: an import of one part must not load all
 _STUBS = {

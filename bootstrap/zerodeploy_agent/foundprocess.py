@@ -1,0 +1,91 @@
+"""Processes that another supervisor has started: what can still be done with them, and how they are recognised.
+
+A process is the one that was noted if its start time and the boot are the same: a pid alone may be anybody's by now.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+
+from .processes import LOST, STOPPING, Status, pidfd_open
+
+
+class Found:
+    """A process of a supervisor that is gone: it can be watched and signalled, but nobody will know how it ended."""
+
+    def __init__(self, status: Status, start: str) -> None:
+        self._status, self._start = status, start
+        self.pidfd = pidfd_open(status.pid)
+        self.done = threading.Event()
+        if self.pidfd < 0 or start_of(status.pid) != start:
+            self._lose()
+
+    def _lose(self) -> None:
+        self._status.state, self._status.ended = LOST, self._status.ended or time.time()
+        if self.pidfd >= 0:
+            fd, self.pidfd = self.pidfd, -1
+            os.close(fd)
+        self.done.set()
+
+    def status(self) -> Status:
+        return self._status.copy()
+
+    def look(self) -> bool:
+        if not self._status.final:
+            poll = select.poll()
+            poll.register(self.pidfd, select.POLLIN)
+            if not poll.poll(0):
+                return False
+            self._lose()
+        return True
+
+    def signal(self, number: int) -> bool:
+        if self.look() or start_of(self._status.pid) != self._start:
+            return False
+        try:
+            os.killpg(self._status.pid, number)
+        except OSError:
+            return False
+        return True
+
+    def stop(self) -> bool:
+        if not self.signal(15):
+            return False
+        self.signal(18)
+        self._status.stopped_by_request, self._status.state = True, STOPPING
+        return True
+
+    def others(self) -> bool:
+        return False
+
+    def reap(self) -> None:
+        pass
+
+
+class Ended(Found):
+    """A process that had ended when it was last heard of."""
+
+    def __init__(self, status: Status) -> None:
+        self._status, self._start, self.pidfd = status, "", -1
+        self.done = threading.Event()
+        self.done.set()
+
+
+def start_of(pid: int) -> str:
+    """When the process *pid* was started (proc(5), field 22 of stat, clock ticks since boot); empty where nobody tells."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rsplit(b")", 1)[1].split()[19].decode("ascii")
+    except (OSError, IndexError):
+        return ""
+
+
+def boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
