@@ -28,6 +28,7 @@ GRACE_S = 10.0
 QUOTA_BYTES = 1 << 30  # of a job's output on disk; what comes behind it is a gap
 _DRAIN_S = 2.0  # for what is left in the pipes when the leader has ended: a grandchild may hold them for ever
 _READ_BYTES = 1 << 18
+_RECHECK_S = 0.01
 _ROUNDS = 4  # reads of one pipe before the others get their turn
 
 
@@ -188,19 +189,21 @@ class Supervisor:
 
     def signal(self, id: str, number: int) -> None:
         """Signal the job's process group. Raises `JobError` when it has ended."""
-        if not self.job(id).process.signal(number):
+        job = self.job(id)
+        if job.exited or not job.process.signal(number):
             raise JobError("the job has ended")
 
     def stop(self, id: str, grace: "Union[float, None, bool]" = True, timeout: "Optional[float]" = None) -> Status:
         """SIGTERM to the job's process group, SIGKILL after *grace* seconds (None: never); waits for the final status.
 
-        Members of the group that outlive its leader are killed after the grace as well, whether or not somebody waits.
+        Members of the group that outlive its leader are killed after the grace as well, whether or not somebody waits; with a
+        grace they are waited for.
         Raises `TimeoutError` after *timeout* seconds; the job ends all the same.
         """
         job = self.begin_stop(id, grace)
         until = None if timeout is None else time.monotonic() + timeout
         with job.changed:
-            while not job.exited:
+            while not job.process.done.is_set():
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError("the job runs on")
@@ -393,13 +396,22 @@ class Supervisor:
             with self._lock:
                 self._watched.pop(fd, None)
             self._poll.unregister(fd)
-        if not (job.stopping and job.grace is not None and job.process.others()):
-            job.process.reap()  # else it stays a zombie, and its group ours to kill, until the grace is over
         job.exited = True
+        self._reap(job, _RECHECK_S)
         job.tell()
         if job.pipes:
             self._later(_DRAIN_S, lambda: self._end_drain(job))
         self._maybe_over(job)
+
+    def _reap(self, job: Job, again_s: float) -> None:
+        """The leader stays a zombie, and its group ours to kill, while a stop has to see to others in it. They mostly follow."""
+        if job.process.done.is_set():
+            return
+        if job.stopping and job.grace is not None and job.process.others():
+            self._later(again_s, lambda: self._reap(job, again_s * 2))
+            return
+        job.process.reap()
+        job.tell()
 
     def _end_drain(self, job: Job) -> None:
         for fd, stream in list(job.pipes.items()):
@@ -429,6 +441,7 @@ class Supervisor:
         job.process.signal(9)
         if job.exited:
             job.process.reap()
+            job.tell()
 
     # state
 
