@@ -52,11 +52,12 @@ class Found:
         return True
 
     def stop(self) -> bool:
-        if not self.signal(15):
+        if self.look():
             return False
+        self._status.stopped_by_request, self._status.state = True, STOPPING  # before its end is told by another thread
+        sent = self.signal(15)
         self.signal(18)
-        self._status.stopped_by_request, self._status.state = True, STOPPING
-        return True
+        return sent
 
     def others(self) -> bool:
         return False

@@ -140,13 +140,14 @@ class Process:
 
         SIGCONT follows: what is stopped would not hear the first.
         """
-        if self._status.final or not self.signal(signal.SIGTERM):
-            return False
-        self.signal(signal.SIGCONT)
-        self._status.stopped_by_request = True
-        if self._status.state == RUNNING:
+        with self._lock:  # before the signal: what it brings about is told by another thread
+            if self._process is None or self._reaped or self._status.final:
+                return False
+            self._status.stopped_by_request = True
             self._status.state = STOPPING
-        return True
+        sent = self.signal(signal.SIGTERM)
+        self.signal(signal.SIGCONT)
+        return sent
 
     def look(self) -> bool:
         """Whether the leader has ended; its status is final then. It stays a zombie until `reap`."""
@@ -156,15 +157,15 @@ class Process:
             if self._process is None or self._reaped:
                 return self._status.final
             info = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if info is None or info.si_pid == 0:
-            return False
-        self._status.ended = time.time()
-        if info.si_code == os.CLD_EXITED:
-            self._status.exit_code, self._status.state = info.si_status, EXITED
-        else:
-            self._status.signal, self._status.state = info.si_status, SIGNALED
-            self._status.core_dumped = info.si_code == os.CLD_DUMPED
-        return True
+            if info is None or info.si_pid == 0:
+                return False
+            self._status.ended = time.time()
+            if info.si_code == os.CLD_EXITED:
+                self._status.exit_code, self._status.state = info.si_status, EXITED
+            else:
+                self._status.core_dumped = info.si_code == os.CLD_DUMPED
+                self._status.signal, self._status.state = info.si_status, SIGNALED
+            return True
 
     def others(self) -> bool:
         """Whether the group has members besides the leader. Linux: from /proc."""
