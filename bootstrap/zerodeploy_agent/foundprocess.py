@@ -18,29 +18,29 @@ class Found:
 
     def __init__(self, status: Status, start: str) -> None:
         self._status, self._start = status, start
+        self._lock = threading.Lock()
         self.pidfd = pidfd_open(status.pid)
         self.done = threading.Event()
         if self.pidfd < 0 or start_of(status.pid) != start:
             self._lose()
+            self.reap()
 
     def _lose(self) -> None:
         self._status.state, self._status.ended = LOST, self._status.ended or time.time()
-        if self.pidfd >= 0:
-            fd, self.pidfd = self.pidfd, -1
-            os.close(fd)
-        self.done.set()
 
     def status(self) -> Status:
         return self._status.copy()
 
     def look(self) -> bool:
-        if not self._status.final:
-            poll = select.poll()
-            poll.register(self.pidfd, select.POLLIN)
-            if not poll.poll(0):
-                return False
-            self._lose()
-        return True
+        """Whether it has ended. The descriptor stays, for whoever watches it."""
+        with self._lock:
+            if not self._status.final:
+                poll = select.poll()
+                poll.register(self.pidfd, select.POLLIN)
+                if not poll.poll(0):
+                    return False
+                self._lose()
+            return True
 
     def signal(self, number: int) -> bool:
         if self.look() or start_of(self._status.pid) != self._start:
@@ -63,7 +63,12 @@ class Found:
         return False
 
     def reap(self) -> None:
-        pass
+        """It has ended, and nobody watches it any more."""
+        with self._lock:
+            if self.pidfd >= 0:
+                fd, self.pidfd = self.pidfd, -1
+                os.close(fd)
+        self.done.set()
 
 
 class Ended(Found):
@@ -71,6 +76,7 @@ class Ended(Found):
 
     def __init__(self, status: Status) -> None:
         self._status, self._start, self.pidfd = status, "", -1
+        self._lock = threading.Lock()
         self.done = threading.Event()
         self.done.set()
 
