@@ -17,7 +17,7 @@ NEAR = Path(zerodeploy.__file__).parent
 FAR = Path(zerodeploy_agent.__file__).parent
 NEAR_FILES = sorted(NEAR.rglob("*.py"))
 FAR_FILES = sorted(FAR.rglob("*.py"))
-LAYERS = [{"cli"}, {"deployment"}, {"control"}, {"link", "payload"}, {"errors"}]  # each may import what is below
+LAYERS = [{"cli"}, {"jobs"}, {"deployment"}, {"control"}, {"link", "payload"}, {"errors"}]  # each may import what is below
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = ["frames", "messages", "control", "mux", "plain", "compactjson"]
 IMPURE = {
@@ -172,7 +172,7 @@ def test_modules_say_what_they_are_for(path):
 
 
 PUBLIC = [
-    "AgentDidNotStart", "AuthenticationFailed", "BootstrapError", "ClusterError", "CommandLink", "DeployedServer", "ForwardingRefused", "ForwardingRefusedWarning",
+    "AgentDidNotStart", "AuthenticationFailed", "BootstrapError", "CertificateError", "ClusterError", "CommandLink", "DeployedServer", "ForwardingRefused", "ForwardingRefusedWarning",
     "HostError", "HostKeyError", "HostKeyMismatch", "HostKeyUnknown", "HostUnreachable", "LinkLost", "MapError", "MultiServerDeployment", "NoSpace", "NotShippable", "Payload", "PayloadError",
     "ProtocolError", "PythonNotFound", "PythonTooOld", "RemoteCallError", "ServerInfo", "TempDirUnusable", "UsageError", "WorkerDied",
     "ZeroDeployError",

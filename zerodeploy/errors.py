@@ -23,6 +23,7 @@
      +- PayloadError               what was to be shipped can't be
      |   +- NotShippable           a function or value that can't travel, and the way out
      +- ClusterError               hosts of a MultiServerDeployment did not start, each with its own cause
+     +- CertificateError           a certificate that can't be made
      +- MapError                   items of a map that have no value
      +- UsageError (also ValueError)  an argument that makes no sense
 
@@ -38,6 +39,7 @@ __all__ = [
     "AgentDidNotStart",
     "AuthenticationFailed",
     "BootstrapError",
+    "CertificateError",
     "ClusterError",
     "ForwardingRefused",
     "ForwardingRefusedWarning",
@@ -98,6 +100,10 @@ class MapError(ZeroDeployError):
     errors: dict[int, Exception] = {}
     hosts: dict[int, str] = {}
     values: dict[int, object] = {}
+
+
+class CertificateError(ZeroDeployError):
+    """A certificate can't be made: the authority is not there, does not fit or has expired; a file is in the way."""
 
 
 class UsageError(ZeroDeployError, ValueError):

@@ -227,7 +227,9 @@ def errors_told(settings: Context) -> Iterator[None]:
         sys.exit(EXIT["login or link"])
     except ZeroDeployError as error:
         tell_error(settings, error)
-        sys.exit(EXIT["usage"] if type(error).__name__ in ("NotShippable", "PayloadError") else EXIT["login or link"])
+        sys.exit(
+            EXIT["usage"] if type(error).__name__ in ("CertificateError", "NotShippable", "PayloadError") else EXIT["login or link"]
+        )
     except BrokenPipeError:  # head, less: nobody reads us any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
         sys.exit(EXIT["reader gone"])
