@@ -115,7 +115,8 @@ def test_what_is_in_it():
         and set(base.read("late.txt").decode().split()) == set(late)
     )
     assert {name for name in (*base.namelist(), *late) if name.startswith("zerodeploy_agent/")} == modules - {
-        "zerodeploy_agent/stage0.py"
+        "zerodeploy_agent/stage0.py",
+        *(f"zerodeploy_agent/{name}" for name in payload._AGENT_HERE),
     }
     assert set(whole.namelist()) == {*base.namelist(), *late, "__main__.py", "zerodeploy_agent/stage0.py"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from zerodeploy_agent.frames import ChannelError
 
@@ -12,7 +12,6 @@ from zerodeploy.control.replies import Reply
 from zerodeploy.errors import AgentDidNotStart, NoSpace, PayloadError, TempDirUnusable, ZeroDeployError
 
 if TYPE_CHECKING:
-    from zerodeploy.control.session import Session
     from zerodeploy.payload.bundles import Bundle
 
 __all__ = ["Archive", "Prelude", "not_shipped", "send_python"]
@@ -23,6 +22,17 @@ _NOISE_BYTES = 1 << 16
 _SLOWEST = 100_000  # bytes a second: what is slower is taken for a link that does not move
 # what the shell line says when it wants a Python sent, and when that can't be done
 SHIP, NO_ROOM, NOT_UNPACKED = "ship", "no-room", "not-unpacked"
+
+
+class Starting(Protocol):
+    """A session on its way up, as `send_python` needs it."""
+
+    host: str
+    error: ZeroDeployError | None
+
+    def send(self, *buffers: bytes | memoryview, patient: bool = True) -> None: ...
+
+    def fail(self, error: ZeroDeployError, *, end: bool = True) -> None: ...
 
 
 class Prelude:
@@ -48,7 +58,7 @@ class Prelude:
         return words, rest
 
 
-def send_python(session: Session, wish: Reply, archive: Archive, connect_timeout_s: float) -> None:
+def send_python(session: Starting, wish: Reply, archive: Archive, connect_timeout_s: float) -> None:
     """Wait for the greeting or for the wish to be sent a Python, and send it. Raises what is in the way of that."""
     text = str(vars(wish.wait(connect_timeout_s)).get("text", ""))
     if not text:

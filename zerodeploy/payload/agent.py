@@ -54,20 +54,9 @@ _RPYC_LATE = (
     "utils/server.py", "utils/teleportation.py",
 )  # fmt: skip
 
-_AGENT_LATE = (
-    "bundle.py",
-    "forward.py",
-    "foundprocess.py",
-    "kept.py",
-    "outputlog.py",
-    "payloads.py",
-    "processes.py",
-    "relay.py",
-    "spawning.py",
-    "standalone.py",
-    "supervisor.py",
-    "transfer.py",
-)
+_AGENT_LATE = ("bundle.py", "forward.py", "kept.py", "payloads.py", "relay.py", "spawning.py", "standalone.py", "transfer.py")
+# the engine of jobs serves this side alone, so far
+_AGENT_HERE = ("foundprocess.py", "outputlog.py", "processes.py", "supervisor.py")
 
 # packages whose own __init__ imports everything: an import of one part must not load all
 _STUBS = {
@@ -178,7 +167,7 @@ def sources() -> list[Path]:
 
 def _agent(*, late: bool) -> dict[str, bytes]:
     paths = sorted(_locate("zerodeploy_agent").glob("*.py"))
-    skipped = ("stage0.py",)  # travels on the command line
+    skipped = ("stage0.py", *_AGENT_HERE)  # the first travels on the command line
     return {
         f"zerodeploy_agent/{path.name}": strip(path.read_bytes()) for path in paths
         if path.name not in skipped and (path.name in _AGENT_LATE) is late
