@@ -371,3 +371,31 @@ def test_an_extension_for_another_python(tmp_path):
     (package / "libother.so").write_bytes(b"")
     with DeployedServer(LocalLink(), modules=[package], python_executable=python) as server:
         assert server.call("zdnative:VALUE.bit_length") == 1
+
+
+def test_progress_on_a_terminal_and_none_in_a_pipe(project, sshd, tmp_path):
+    import pty
+
+    from zerodeploy.testing import DelayProxy
+
+    (project / "zdpkg" / "big.bin").write_bytes(os.urandom(24 << 20))
+    code = (
+        "import sys\nfrom zerodeploy import DeployedServer\nfrom zerodeploy.link.openssh import OpenSSHLink\n"
+        "link = OpenSSHLink.to(sys.argv[1], ssh_options=['-F', sys.argv[2]])\n"
+        "with DeployedServer(link, modules=[sys.argv[3]]): pass\n"
+    )
+    with DelayProxy(sshd.port, rtt_s=0.3, host=sshd.address) as slow:
+        config = sshd.write_config(tmp_path / "config", slow.port)
+        command = [sys.executable, "-c", code, sshd.alias, str(config), str(project / "zdpkg")]
+        leader, follower = pty.openpty()
+        process = subprocess.Popen(command, stderr=follower)
+        os.close(follower)
+        seen = b""
+        try:
+            while data := os.read(leader, 1 << 16):
+                seen += data
+        except OSError:  # what a terminal gives when all have hung up
+            pass
+        os.close(leader)
+        assert process.wait(60) == 0 and b"modules, KiB" in seen and b"Traceback" not in seen
+        assert subprocess.run(command, capture_output=True, timeout=60).stderr == b""
