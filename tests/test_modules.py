@@ -310,6 +310,9 @@ def test_a_payload_that_takes_too_long(project, sshd, tmp_path):
         with pytest.raises(PayloadError, match="not there within 0.5 s"):
             DeployedServer(ssh_link(sshd, config), modules=["zdpkg"], tmpdir=str(room), payload_timeout=0.5)
         wait_until(lambda: not list(room.iterdir()), 3, lambda: f"left: {list(room.iterdir())}")
+    with pytest.raises(PayloadError, match="not there within 0.0 s"):
+        DeployedServer(ssh_link(sshd), modules=["zdpkg"], tmpdir=str(room), payload_timeout=0.001)
+    assert not list(room.iterdir()), "nothing is there any more when it is raised"
 
 
 def test_payload_objects_and_keywords(project):
@@ -399,3 +402,39 @@ def test_progress_on_a_terminal_and_none_in_a_pipe(project, sshd, tmp_path):
         os.close(leader)
         assert process.wait(60) == 0 and b"modules, KiB" in seen and b"Traceback" not in seen
         assert subprocess.run(command, capture_output=True, timeout=60).stderr == b""
+
+
+def test_modules_named_as_parts_of_the_standard_library(tmp_path):
+    """They stay in the shade: what the agent imports late must be what it expects."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("selectors", "subprocess", "queue", "socket", "json"):
+        (tools / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    (tools / "mine.py").write_text("VALUE = 3\n")
+    with DeployedServer(LocalLink(), modules=[tools]) as server:
+        assert server.call("mine:VALUE.bit_length") == 2
+        assert server.run(["true"], timeout=20).returncode == 0
+        assert server.classic_connect().modules.json.dumps(1) == "1"
+
+
+def test_a_forwarded_package_takes_one_round_trip(project, sshd, tmp_path):
+    from tests.conftest import ssh_link
+    from zerodeploy.testing import DelayProxy
+
+    def seconds(name):
+        import time
+
+        began = time.monotonic()
+        try:
+            __import__(name)
+        except ImportError:
+            pass
+        return time.monotonic() - began
+
+    rtt_s = 0.5
+    with DelayProxy(sshd.port, rtt_s=rtt_s, host=sshd.address) as slow:
+        link = ssh_link(sshd, sshd.write_config(tmp_path / "config", slow.port))
+        with DeployedServer(link, forward_imports=["zdsingle", "zdnowhere"]) as server:
+            server.call(seconds, "os")
+            for name in ("zdsingle", "zdnowhere"):
+                assert rtt_s * 0.9 < server.call(seconds, name) < rtt_s * 1.6

@@ -40,6 +40,10 @@ def test_a_chroot_with_only_busybox(bare):
     target = CommandLink(["chroot", str(bare)])
     with pytest.raises(zerodeploy.PythonNotFound):
         DeployedServer(target)
+    (bare / "dev").mkdir()
+    with pytest.raises(zerodeploy.PythonNotFound):
+        DeployedServer(target)
+    assert list((bare / "dev").iterdir()) == [], "no file of the name null"
     with DeployedServer(target, python="ship") as server:
         info = server.info
         assert info.private_dir.startswith("/tmp/zerodeploy-") and info.platform["libc"].startswith("glibc")

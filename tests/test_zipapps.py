@@ -143,7 +143,7 @@ def test_a_console_script_for_another_platform(folder, project, tmp_path):  # no
         (["zdbeta", "-e", "main"], "an entry point is module:function"),
         (["zdbeta", "-c", "zdnowhere"], "none of the packages has a script"),
         (["zdbeta", "-c", "a", "-e", "b:c"], "exclude each other"),
-        (["zdnowhere"], "zdnowhere: no wheels for"),
+        (["zdnowhere"], "zdnowhere: not to be had for"),
         (["zdbeta", "--platform", "moon"], "moon"),
         (["zdbeta", "--python", "2.7"], "3.N"),
         (["-r", "nowhere.txt"], "no such file"),

@@ -135,6 +135,9 @@ def failure(worker, request: int, error: BaseException) -> messages.Failure:  # 
 
     from . import plain
 
+    payloads = sys.modules.get("zerodeploy_agent.payloads")
+    if payloads is not None:
+        error = payloads.explained(error, worker.private_dir)
     code = "exception"
     if isinstance(error, plain.PlainError):
         code = "not_plain"

@@ -268,13 +268,14 @@ class Connect(Message):
 class Unpack(Message):
     """A bundle (bundle.py) follows on channel ``channel``; with ``keep`` only if the answer on it, a byte, is "n".
 
-    ``key`` is the SHA-256 of its ``size`` bytes, ``raw`` their sum when they are unpacked; ``paths`` go on sys.path, to its
-    ``front``; ``native``: there are C extensions; ``app``: the name of the one file in it, a zipapp to be opened.
+    ``key`` is the SHA-256 of its ``size`` bytes, ``raw`` their sum when they are unpacked; ``paths`` go on sys.path;
+    ``native``: there are C extensions; ``app``: the name of the one file in it, a zipapp to be opened; ``name``:
+    the `NeedPart` that it answers.
     """
 
-    FIELDS = {"id": _INT, "channel": _INT, "key": _STR, "size": _INT, "raw": _INT, "paths": (list,), "front": (bool,),
-              "native": (bool,), "keep": (bool,), "app": _STR}  # fmt: skip
-    DEFAULTS = {"keep": False, "app": ""}
+    FIELDS = {"id": _INT, "channel": _INT, "key": _STR, "size": _INT, "raw": _INT, "paths": (list,),
+              "native": (bool,), "keep": (bool,), "app": _STR, "name": _STR}  # fmt: skip
+    DEFAULTS = {"keep": False, "app": "", "name": ""}
 
 
 class Allow(Message):
@@ -284,7 +285,7 @@ class Allow(Message):
 
 
 class Came(Message):
-    """The answer to a NeedPart with a name: the package is there, or there is none."""
+    """The answer to a NeedPart with a name for which there is no bundle to send."""
 
     FIELDS = {"name": _STR}
 

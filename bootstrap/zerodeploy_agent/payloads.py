@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import zlib
@@ -21,6 +22,7 @@ _NOEXEC = 8  # ST_NOEXEC of statvfs(3)
 _SPARE_BYTES = 1 << 20
 _THREADS = 2
 _NATIVE = (".so", ".dylib", ".pyd")
+_ZIP = re.compile(r".*/python3\d+\.zip$")
 _lock = threading.Lock()
 
 
@@ -46,7 +48,7 @@ def unpack(worker: Any, message: Any, channel: Channel) -> None:
                 if message.app
                 else [os.path.normpath(os.path.join(folder, path)) for path in message.paths]
             )
-            _mount(paths, bool(message.front))
+            _mount(paths)
         except BaseException:
             cleanup.remove_tree(folder)
             raise
@@ -64,12 +66,25 @@ def unpack(worker: Any, message: Any, channel: Channel) -> None:
     finally:
         if keeper is not None:
             keeper.close()
+    if message.name:
+        worker.forwarder.came(message.name)
     try:
         worker.tell(answer)
         if isinstance(answer, messages.Failure):
             channel.close("the payload was refused")
     finally:
         worker.channels.forget(channel.number)
+
+
+def explained(error: BaseException, private_dir: str) -> BaseException:
+    """*error*, or what it means when a shipped module has syntax that this Python lacks."""
+    if isinstance(error, SyntaxError) and str(error.filename).startswith(os.path.join(private_dir, "lib", "")):
+        return ShipError(
+            "this host's Python %d.%d does not understand %s: %s (line %s: %s). Write it in syntax that it has, or pass "
+            "python_executable=... for a newer interpreter"
+            % (*sys.version_info[:2], os.path.basename(str(error.filename)), error.msg, error.lineno, (error.text or "").strip())
+        )
+    return error
 
 
 def _plain(value: object) -> object:
@@ -163,19 +178,17 @@ class _Unpacking:
             os.close(fd)
 
 
-def _mount(paths: "List[str]", front: bool) -> None:
-    """Put *paths* on sys.path and on that of the processes that are started here. *front*: even before the standard library.
+def _mount(paths: "List[str]") -> None:
+    """Put *paths* on sys.path, behind the standard library and before all else, and on that of processes started here.
 
+    The agent imports parts of the standard library late: a module of the user's of such a name must not get in its way.
     No cache of the import system knows the new directories; invalidate_caches() would import, see `Forwarder`.
     """
     with _lock:
-        if front:
-            at = 0
-        else:  # where an installed package would be
-            sites = [i for i, path in enumerate(sys.path) if os.path.basename(path) in ("site-packages", "dist-packages")]
-            at = sites[0] if sites else len(sys.path)
         new = [path for path in paths if path not in sys.path]
-        sys.path[at:at] = new
+        base = os.path.dirname(os.__file__)
+        own = [path for path in sys.path if path in (base, base + "/lib-dynload") or _ZIP.match(path)]
+        sys.path[:] = own + new + [path for path in sys.path if path not in own]
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(new + ([before] if before else []))
         programs = [path for path in (os.path.join(each, "bin") for each in new) if os.path.isdir(path)]

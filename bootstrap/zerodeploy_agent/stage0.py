@@ -114,7 +114,7 @@ def make_private_dir(marker, wanted):
                     fcntl.flock(fd, fcntl.LOCK_EX)
                     os.write(fd, lease_text(marker))
                     return path, fd, rejected
-                except Exception:
+                except BaseException:
                     remove(path)
                     raise
             except (OSError, IOError) as error:
@@ -217,6 +217,10 @@ def main(marker, seconds, wanted, transport, rest):
     began = time.time()
     if sys.version_info < OLDEST:
         newer(marker, rest[1:])
+    import _signal  # the C half, as in keeper.py
+
+    for number in (1, 2, 15):  # until the keeper has its own: whatever is there by then is removed
+        _signal.signal(number, lambda *_: sys.exit(1))
     private_dir, lease, rejected = make_private_dir(marker, wanted)
     worker = 0
     try:
@@ -240,6 +244,8 @@ def main(marker, seconds, wanted, transport, rest):
         close_all(set(null))
         worker = os.fork()
         if worker == 0:
+            for number in (1, 2, 15):
+                _signal.signal(number, _signal.default_int_handler if number == 2 else _signal.SIG_DFL)
             os.setsid()  # a session and process group of its own: signals to the group miss the keeper
             os.dup2(stdout[1], 1)
             os.dup2(stderr[1], 2)

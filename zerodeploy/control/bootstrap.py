@@ -47,11 +47,11 @@ def script(marker: str, *, python: Sequence[str] | None, tmpdir: str | None, tra
         words = " ".join(_double_quote(word) for word in python)
         return f'{head}exec {words} -c "$B" "$S" {args} {_double_quote(python[-1])}'
     usable = '&&"$p" -c "import sys;sys.exit(sys.version_info<(3,8))"' if ship else ""
-    # $() is a process each, but a bare chroot may lack /dev/null
-    known = '[ "$(command -v $p)" ]' if ship else "command -v $p >/dev/null 2>&1"
     # for a path, dash's command -v asks only whether it is there
     look = (
-        f'{head}set --;for p in {" ".join(_CANDIDATES)};do {known}{usable}&&set -- "$@" $p;done;'
+        # $() is a process each, but where there is no /dev/null a file of that name would be made
+        head + 'k(){ command -v $1 >/dev/null 2>&1;};[ -c /dev/null ]||k(){ [ "$(command -v $1)" ];};'
+        f'set --;for p in {" ".join(_CANDIDATES)};do k $p{usable}&&set -- "$@" $p;done;'
         f'for p in {" ".join(_PATHS)};do [ -x $p ]{usable}&&set -- "$@" $p;done;'
         f'[ $# -gt 0 ]&&exec "$1" -c "$B" "$S" {args} "$@";'
     )

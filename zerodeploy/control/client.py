@@ -44,6 +44,7 @@ class Client:
     def __init__(self, session: Session, *, trust_remote: bool = False) -> None:
         self.session = session
         self.on_host: frozenset[str] = frozenset()  # modules of this program that were shipped there
+        self.bundles: dict[tuple[str, str], dict[str, Any]] = {}  # what was shipped there, see shipping.ship
         self._trust = trust_remote
 
     # calls

@@ -20,14 +20,14 @@ __all__ = ["allow", "ship"]
 _log = logging.getLogger("zerodeploy")
 
 
-def ship(client: Client, bundle: Bundle, *, paths: Sequence[str] = ("",), front: bool = False, keep: bool = False, app: str = "",
+def ship(client: Client, bundle: Bundle, *, paths: Sequence[str] = ("",), keep: bool = False, app: str = "", name: str = "",
          progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:  # fmt: skip
     """Unpack *bundle* in the host's private dir and make *paths* of it importable there.
 
     Args:
-        front: before everything else on sys.path; else where installed packages are.
         keep: leave the bundle in the user's cache on the host, and take it from there if it is.
         app: the bundle is one file of this name, a zipapp; what is in it becomes importable.
+        name: of the package that the host has asked for.
         progress: called with the bytes that are under way and all of them.
 
     Returns: ``folder``: where it is on the host; ``from_cache``: whether nothing had to be sent.
@@ -38,6 +38,9 @@ def ship(client: Client, bundle: Bundle, *, paths: Sequence[str] = ("",), front:
         LinkLost: the session is over.
     """
     session = client.session
+    before = client.bundles.get((bundle.sha256, app))
+    if before is not None and not name:
+        return before
     session.ship_late_part()
     request, number, reply = session.next_request()
     channel = session.channels.open(number)
@@ -45,8 +48,8 @@ def ship(client: Client, bundle: Bundle, *, paths: Sequence[str] = ("",), front:
         session.tell(
             WORKER_CHANNEL,
             messages.Unpack(
-                id=request, channel=number, key=bundle.sha256, size=bundle.size, raw=bundle.raw, paths=list(paths), front=front,
-                native=bundle.native, keep=keep, app=app,
+                id=request, channel=number, key=bundle.sha256, size=bundle.size, raw=bundle.raw, paths=list(paths),
+                native=bundle.native, keep=keep, app=app, name=name,
             ),
         )  # fmt: skip
         try:
@@ -76,6 +79,7 @@ def ship(client: Client, bundle: Bundle, *, paths: Sequence[str] = ("",), front:
     about: dict[str, Any] = plain.unpack(vars(answer)["body"], [])  # type: ignore[assignment]
     if about["not_kept"]:
         _log.warning("%s: the payload was not kept there: %s", session.host, about["not_kept"])
+    client.bundles[bundle.sha256, app] = about
     return about
 
 
@@ -90,7 +94,9 @@ def allow(client: Client, names: Sequence[str], provide: Callable[[str], tuple[B
         try:
             if name in names:
                 bundle, paths = provide(name)
-                ship(client, bundle, paths=paths, front=True)
+                if (bundle.sha256, "") not in client.bundles:
+                    ship(client, bundle, paths=paths, name=name)  # which the host takes for the answer
+                    return
             else:
                 _log.warning("%s: asked for %r, which forward_imports= does not allow", session.host, name)
         except LinkLost:

@@ -82,7 +82,7 @@ class Payload:
         session = client.session
         began = time.monotonic()
         late = PayloadError(f"the payload was not there within {timeout_s or 0:.1f} s", host=session.host)
-        timer = threading.Timer(timeout_s, session.fail, [late]) if timeout_s is not None else None
+        timer = threading.Timer(timeout_s, session.fail, [late], {"end": False}) if timeout_s is not None else None
         if timer is not None:
             timer.daemon = True
             timer.start()
@@ -117,14 +117,14 @@ class Payload:
         if self._zipapp is not None:
             with self._lock:
                 bundle = self._zipapp_bundle
-            yield "zipapp", bundle, {"app": self._zipapp.name, "front": True}
+            yield "zipapp", bundle, {"app": self._zipapp.name}
         if self._modules.files:
             with self._lock:
                 bundle = self._modules_bundle
             if bundle.native:
                 facts = vars(client.session.wait_live())["platform"]
                 self._modules.check_natives(str(facts["abi"]), client.session.host)
-            yield "modules", bundle, {"paths": self._modules.paths, "front": True}
+            yield "modules", bundle, {"paths": self._modules.paths}
 
     def _forward(self, name: str) -> tuple[Bundle, Sequence[str]]:
         with self._lock:

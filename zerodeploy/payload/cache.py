@@ -21,6 +21,9 @@ from typing import Any
 from zerodeploy.errors import PayloadError
 from zerodeploy.payload.bundles import Bundle
 
+_YOUNG_S = 60.0
+_STALE_S = 3600.0  # what is half-written for so long belongs to nobody any more
+
 __all__ = ["clear", "folder", "keep_bundle", "key_of", "load", "load_bundle", "locked", "scratch", "show", "store"]
 
 
@@ -88,8 +91,9 @@ def keep_bundle(bundle: Bundle) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Any]:
-    fd, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    temporary = ""
     try:
+        fd, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
         with open(fd, "wb") as file:
             yield file
             file.flush()
@@ -120,12 +124,17 @@ def locked(key: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A directory on the cache's file system, which is gone afterwards."""
+    """A directory on the cache's file system, which is gone afterwards. While it is locked `clear` leaves it alone."""
+    import fcntl
+
     path = Path(tempfile.mkdtemp(prefix=".work-", dir=_made("index").parent))
+    lock = os.open(path, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
 
 
 def show() -> dict[str, Any]:
@@ -149,22 +158,41 @@ def show() -> dict[str, Any]:
 
 
 def clear() -> dict[str, Any]:
-    """Remove all of it; gives what `show` would have given before."""
+    """Remove all files of it, but what is being made right now; gives what `show` would have given before.
+
+    The directories stay, empty: others may be about to use them.
+    """
     found = show()
     root = folder()
     if root.is_symlink() or (root.exists() and root.stat().st_uid != os.geteuid()):
         raise PayloadError(f"{root} is not a directory of this user's; it was left alone")
     try:
-        for path in [
-            root / "objects",
-            root / "index",
-            root / "locks",
-            *root.glob(".work-*"),
-        ]:  # not what hosts keep, when this is one
-            if path.exists():
-                shutil.rmtree(path)
-        with contextlib.suppress(OSError):
-            root.rmdir()
+        for name in ("objects", "index", "locks"):  # not what hosts keep, when this is one
+            for path in (root / name).glob("*"):
+                with contextlib.suppress(FileNotFoundError):  # somebody was faster
+                    if not path.name.startswith(".") or time.time() - path.stat().st_mtime > _STALE_S:
+                        path.unlink()
+        for path in root.glob(".work-*"):
+            _clear_work(path)
     except OSError as error:
         raise PayloadError(f"the cache {root} can't be removed: {error.strerror or error}") from error
     return found
+
+
+def _clear_work(path: Path) -> None:
+    """Remove what a process has left that is gone; one that works there holds a lock, from a moment after it was made."""
+    import fcntl
+
+    try:
+        if time.time() - path.stat().st_mtime < _YOUNG_S:
+            return
+        lock = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)

@@ -103,7 +103,7 @@ class Requirements:
             lock = _locks.setdefault(key, threading.Lock())
         with lock:
             known = _resolved.get(key)
-            if known is not None:
+            if known is not None and known.is_sound():
                 return known
             refused = _refused.get(key)
             if refused is not None and time.monotonic() - refused[0] < _REFUSED_S:
@@ -111,6 +111,8 @@ class Requirements:
             try:
                 with cache.locked(key[:32]):
                     made = self._made(key, platform, host)
+            except OSError as error:
+                raise PayloadError(f"{self}: the cache {cache.folder()} can't be used: {error}", host=host) from error
             except PayloadError as error:
                 _refused[key] = time.monotonic(), str(error.args[0])
                 raise
@@ -193,7 +195,7 @@ class Requirements:
             env={key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"},
         )  # fmt: skip
         if done.returncode:
-            raise PayloadError(f"{self}: no wheels for {platform}: {_reason(done.stderr)}", host=host)
+            raise PayloadError(f"{self}: not to be had for {platform}: {_reason(done.stderr)}", host=host)
         return done.stdout
 
 
@@ -234,6 +236,8 @@ def requirements_of(requirements: object, lock: object = None) -> list[Requireme
         base = os.path.basename(name)
         if base != "uv.lock" and not re.fullmatch(r"pylock(\.[^.]+)?\.toml", base):
             raise UsageError(f"lock={lock!r}: a lock file is called uv.lock, pylock.toml or pylock.NAME.toml")
+        if extras and base != "uv.lock":
+            raise UsageError(f"lock={lock!r}: only a uv.lock has extras")
         found.append(Requirements(file=name, extras=extras, lock=True))
     return found
 
