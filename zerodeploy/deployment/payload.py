@@ -26,7 +26,7 @@ class Payload:
 
     Args:
         modules: modules of this program, their names, or paths: packages with their data, directories, single files. They
-            come before everything else on the host's ``sys.path``.
+            come behind the standard library and before all else on the host's ``sys.path``, and before wheels.
         requirements: what to install from wheels that fit the host's Python and platform: a list as ``["numpy>=2"]``, the
             path of a requirements file, or ``"pyproject.toml[extra]"``. Resolved and fetched here, with uv.
         lock: the path of a ``uv.lock`` (``uv.lock[extra]``) or a ``pylock.toml``, to install exactly what it says.
