@@ -191,7 +191,7 @@ class Host:
         """sshd's processes that serve logins."""
         first = self.sshd_pid()
         found = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,comm="], capture_output=True, text=True, check=True).stdout
-        rows = [line.split() for line in found.splitlines()]
+        rows = [line.split(None, 2) for line in found.splitlines()]  # a zombie's name has "<defunct>" behind it
         return [int(pid) for pid, parent, command in rows if int(parent) == first and command == "sshd"]
 
     # what is there
