@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,9 +13,10 @@ import time
 import pytest
 
 import zerodeploy
-from tests.conftest import Traces, client_process, kill, wait_until
+from tests.conftest import Traces, alive, client_process, kill, wait_until
 from zerodeploy import ClusterError, HostUnreachable, MapError, MultiServerDeployment, RemoteCallError, UsageError
 from zerodeploy.deployment.hosts import HostSpec, fold, host_set
+from zerodeploy.link.openssh import OpenSSHLink
 from zerodeploy.testing import DelayProxy, SshServer, free_port
 
 
@@ -543,3 +545,129 @@ def writers():
             found.append(frame.f_code.co_name)
             frame = frame.f_back
     return found.count("tell_body")
+
+
+# what was told to stop, and arguments that make no sense
+
+
+def running(seconds):
+    found = subprocess.run(["pgrep", "-fx", f"sleep {seconds}"], capture_output=True, text=True).stdout
+    return found.split()
+
+
+def waits_for_a_child(seconds):
+    import subprocess
+
+    subprocess.run(["sh", "-c", f"sleep {seconds}; :"])
+
+
+def starts_one(seconds):
+    import subprocess
+
+    return subprocess.Popen(["sleep", str(seconds)]).pid
+
+
+@pytest.mark.parametrize("how", ["run", "call", "map"])
+@pytest.mark.parametrize("why", ["timeout", "interrupt"])
+def test_what_is_told_to_stop_leaves_no_process(sshd, how, why):
+    """On every host, while the deployment stays open. What an earlier call has started on purpose runs on."""
+    seconds = 70000 + (os.getpid() * 6 + ["run", "call", "map"].index(how) * 2 + (why == "timeout")) % 20000
+    limit = 0.7 if why == "timeout" else None
+    with MultiServerDeployment(named(sshd, "st1", "st2")) as dep:
+        kept = dep.call(starts_one, seconds + 100_000).values()
+        if why == "interrupt":
+            threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            if how == "map":
+                dep.map(waits_for_a_child, [seconds] * 2, timeout=limit, return_errors=True)
+            else:
+                rows = (
+                    dep.run(["sleep", str(seconds)], timeout=limit)
+                    if how == "run"
+                    else dep.call(waits_for_a_child, seconds, timeout=limit)
+                )
+                rows.ordered()
+            assert why == "timeout"
+        except KeyboardInterrupt:
+            assert why == "interrupt"
+        wait_until(lambda: not running(seconds), 3, lambda: f"left: {running(seconds)}")
+        assert all(alive(pid) for pid in kept)
+        assert len(set(dep.call("os:getpid").values())) == 2
+
+
+def test_an_item_that_can_not_travel_is_its_own_failure(sshd):
+    with MultiServerDeployment(named(sshd, "it1", "it2")) as dep:
+        values = dep.map("math:sqrt", [4, 9, object(), 16], retries=3, return_errors=True)
+        assert values[:2] == [2.0, 3.0] and values[3] == 4.0 and isinstance(values[2], zerodeploy.NotShippable)
+        with pytest.raises(MapError) as caught:
+            dep.map("math:sqrt", [4, object()])
+        assert caught.value.values == {0: 2.0} and list(caught.value.errors) == [1]
+
+
+def kills_its_host(item):
+    import os
+
+    if item == 3:
+        os._exit(3)
+    return item
+
+
+def test_the_item_that_killed_all_hosts_has_its_own_error(sshd):
+    with MultiServerDeployment(named(sshd, "kh1", "kh2")) as dep:
+        with pytest.raises(MapError) as caught:
+            dep.map(kills_its_host, [0, 1, 3], retries=3)
+        assert isinstance(caught.value.errors[2], zerodeploy.WorkerDied) and "exit status 3" in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), True, "1"])
+def test_timeouts_that_are_none(sshd, timeout):
+    with MultiServerDeployment(named(sshd, "tn")) as dep:
+        for ask in (lambda: dep.call("os:getpid", timeout=timeout), lambda: dep.map("os:getpid", [], timeout=timeout)):
+            with pytest.raises(UsageError, match="timeout is"):
+                ask()
+        for retries in (-1, 1.5):
+            with pytest.raises(UsageError, match="retries is"):
+                dep.map("math:sqrt", [1], retries=retries)
+
+
+def test_the_time_for_a_start_is_granted_whole(silent_server):
+    began = time.monotonic()
+    with MultiServerDeployment([silent_server], deploy_timeout=1.9, on_error="keep") as dep:
+        assert 1.7 < time.monotonic() - began < 4
+        assert "1.9 s" in str(next(iter(dep.failed.values())))
+
+
+def test_a_cancelled_start_is_no_fault_of_the_host(silent_server):
+    dep = MultiServerDeployment([silent_server], on_error="keep", wait=False)
+    threading.Timer(0.5, dep.cancel).start()
+    dep.wait()
+    assert "cancelled" in str(next(iter(dep.failed.values())))
+
+
+@pytest.fixture
+def silent_server():
+    """Accepts, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield OpenSSHLink.to(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_an_index_that_says_nothing(sshd, tmp_path, monkeypatch):
+    """deploy_timeout bounds the look for wheels as well."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{server.getsockname()[1]}/simple")
+        began = time.monotonic()
+        with MultiServerDeployment(named(sshd, "ix1", "ix2"), requirements=["zdnothing"], deploy_timeout=3, on_error="keep") as dep:
+            assert time.monotonic() - began < 6
+            assert all(isinstance(error, zerodeploy.PayloadError) for error in dep.failed.values()) and len(dep.failed) == 2
+
+
+def test_inventories_with_a_group_twice_and_files_from_windows(tmp_path):
+    path = tmp_path / "i.yaml"
+    path.write_text("groups:\n  web: {hosts: [a]}\n  web: {hosts: [b]}\n")
+    with pytest.raises(UsageError, match="'web' is there twice"):
+        host_set(f"@{path}")
+    text = tmp_path / "h.txt"
+    text.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    assert [spec.name for spec in host_set(f"@{text}")] == ["a", "b"]

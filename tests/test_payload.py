@@ -134,7 +134,7 @@ def test_size():
     line = bootstrap.script("f" * 32, python=None, tmpdir=None, transport="tunnel", payload_limit_s=30.0)
     size = len(payload.agent().wire) + len(line)
     print(f"wire {len(payload.agent().wire)} + command line {len(line)} = {size} bytes")
-    assert size <= 47 * 1024
+    assert size <= 48_600  # with what ssh adds, 48 KiB in all
     assert len(line) < 8000  # some login shells and sshd's own limits are not far above
 
 

@@ -54,8 +54,8 @@ def run(worker, message, channel: Channel | None) -> None:  # type: ignore[no-un
     if not gc.isenabled() and request == 1:
         gc.freeze()
         gc.enable()
-    worker.calls[request] = _thread.get_ident()
     began = time.time()
+    worker.calls[request] = _thread.get_ident(), _thread.get_native_id(), began
     try:
         try:
             given = worker.read_body(message.body, channel)
@@ -181,17 +181,24 @@ def _clip(text: str, limit: int = 100_000) -> str:
 
 def cancel(worker, message) -> None:  # type: ignore[no-untyped-def]
     """Raise KeyboardInterrupt in the call's thread; a call that blocks in C notices when it is back in Python."""
-    thread = worker.calls.get(message.re)
+    call = worker.calls.get(message.re)
     process = worker.processes.get(message.re)
     if process is not None:
         process.kill()
-    elif thread is not None:
+    elif call is not None:
         try:
             import ctypes
 
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(call[0]), ctypes.py_object(KeyboardInterrupt))
         except ImportError:
             pass  # no ctypes on the far side: the call runs on, its answer is dropped
+        try:
+            with open("/proc/self/task/%d/children" % call[1]) as file:  # those that it waits for, mostly
+                children = file.read().split()
+        except OSError:
+            return
+        if children:
+            worker._in_thread(worker._late, "spawning", "end_children", children, call[0], call[2])
 
 
 def private_dir() -> str:

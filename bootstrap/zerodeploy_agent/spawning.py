@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import time
 
 from . import calls, messages
 from .frames import ChannelError
@@ -76,6 +78,37 @@ class Running:
         """SIGKILL to the group, even when its leader has ended: its members still hold the pipes."""
         try:
             os.killpg(self.process.pid, 9)
+        except OSError:
+            pass
+
+
+def end_children(worker: Any, children: "List[str]", thread: int, began: float) -> None:
+    """SIGKILL to those of *children*, and all below them, that the call in *thread* has started since *began* (s since 1970).
+
+    What an earlier call has started from the same thread stays. The clock of /proc ticks every 10 ms: what is younger than
+    the call by more than that is the call's, and so is each process that the thread's own frames hold.
+    """
+    held = set()
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        held |= {value.pid for value in list(frame.f_locals.values()) if type(value).__name__ == "Popen" and hasattr(value, "pid")}
+        frame = frame.f_back
+    began -= time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)  # as /proc has it
+    parents, starts = {}, {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%s/stat" % name, "rb") as file:
+                fields = file.read().rsplit(b")", 1)[1].split()
+        except (OSError, IndexError):
+            continue
+        parents[int(name)] = int(fields[1])
+        starts[int(name)] = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    todo = [pid for pid in map(int, children) if pid in held or starts.get(pid, 0) >= began]
+    while todo:
+        pid = todo.pop()
+        todo += [each for each, parent in parents.items() if parent == pid]
+        try:
+            os.kill(pid, 9)
         except OSError:
             pass
 

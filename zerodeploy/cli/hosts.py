@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zerodeploy.cli.common import EXIT, Context, HostCommand, errors_told, options_of, say_json, ssh_words
+from zerodeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from zerodeploy.deployment.hosts import HostSpec
@@ -52,6 +53,8 @@ def hosts(settings: Context, /, hosts: str, check: bool, connect_timeout: float,
     Mistakes and duplicates are told before anything is contacted (status 2). Status 255 where a host does not answer.
     """
     with errors_told(settings):
+        if not connect_timeout < 1e6:
+            raise UsageError(f"--connect-timeout is a number of seconds, not {connect_timeout}")
         specs = specs_of(hosts, options)
         rows = _looked_at(specs, connect_timeout if check else None)
         if settings.json:

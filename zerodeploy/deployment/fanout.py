@@ -7,10 +7,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from zerodeploy.errors import HostUnreachable, NotShippable, UsageError, ZeroDeployError
+from zerodeploy.errors import HostUnreachable, LinkLost, NotShippable, UsageError, ZeroDeployError
 from zerodeploy.link.base import Link, Proxy, Running
 
-__all__ = ["Watched", "allow_files", "cause", "check_options", "fan_out", "in_parallel", "is_the_callers", "was_dropped"]
+__all__ = [
+    "Watched",
+    "allow_files",
+    "cause",
+    "check_call",
+    "check_options",
+    "fan_out",
+    "in_parallel",
+    "is_the_callers",
+    "was_dropped",
+]
 
 _Argument = TypeVar("_Argument")
 # what ssh says when sshd dropped the connection unauthenticated: MaxStartups, a full backlog
@@ -39,6 +49,10 @@ class Watched(Link):
         self._given_up = True
         if self._running is not None:
             self._running.stop()
+
+    def blame(self, error: Exception) -> Exception:
+        """*error*, or that it was us who broke the start off."""
+        return LinkLost("the deployment was cancelled", host=self.label) if self._given_up else error
 
     def through(self, make_proxy: Callable[[], Proxy]) -> Link:
         self._link = self._link.through(make_proxy)
@@ -89,6 +103,14 @@ def in_parallel(function: Callable[[_Argument], Any], arguments: Sequence[_Argum
         if error is not None:
             raise error
         yield argument
+
+
+def check_call(timeout: float | None, retries: int = 0) -> None:
+    """Raises `UsageError` for a timeout or a number of retries that is none."""
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < 1e9):
+        raise UsageError(f"timeout is a number of seconds above 0, not {timeout!r}")
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise UsageError(f"retries is a number, 0 or more, not {retries!r}")
 
 
 def check_options(on_error: str, wait: bool, max_parallel: int | None, deploy_timeout: float | None) -> None:

@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from zerodeploy.errors import UsageError
 from zerodeploy.link.base import Link
@@ -192,7 +193,7 @@ def _from_file(path: str) -> Iterable[HostSpec]:
     if not os.path.exists(path) and ":" in path:
         name, _, groups = path.rpartition(":")
     try:
-        text = Path(name).expanduser().read_text("utf-8")
+        text = Path(name).expanduser().read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the host file {name!r} can't be read: {error}") from None
     if name.endswith((".yaml", ".yml")):
@@ -217,7 +218,7 @@ def _inventory(name: str, text: str, wanted: list[str]) -> Iterable[HostSpec]:
     import yaml
 
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _strict_loader())
     except yaml.YAMLError as error:
         raise UsageError(f"the inventory {name!r} is no YAML: {error}") from None
     if not isinstance(content, dict) or not content.keys() <= {"defaults", "groups"} or not isinstance(content.get("groups"), dict):
@@ -243,6 +244,21 @@ def _inventory(name: str, text: str, wanted: list[str]) -> Iterable[HostSpec]:
                 raise UsageError(f"{where}: a host is a string, or a mapping with 'host'; not {entry!r}")
             for one in _range(host):
                 yield _spec(one, {**shared, **own}, str(group))
+
+
+def _strict_loader() -> Any:
+    """YAML's safe loader, which takes the last of two equal keys, without that: a group would be lost."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            for key, _ in node.value:
+                if keys.count(key.value) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Strict
 
 
 def _keys(content: object) -> str:

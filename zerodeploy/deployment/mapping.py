@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zerodeploy.control.client import PendingCall
-from zerodeploy.deployment.fanout import cause, is_the_callers
+from zerodeploy.deployment.fanout import cause, check_call, is_the_callers
 from zerodeploy.deployment.progress import Progress
 from zerodeploy.deployment.server import DeployedServer
 from zerodeploy.errors import LinkLost, MapError, ZeroDeployError
@@ -24,6 +24,7 @@ class Mapped:
         self, live: Callable[[], dict[str, DeployedServer]], function: Any, items: Sequence[Any], retries: int, timeout: float | None,
         progress: bool | None = False,
     ) -> None:  # fmt: skip
+        check_call(timeout, retries)
         self._progress = Progress("items", {"": len(items)}, progress)
         self._live = live
         self._function, self._items, self._timeout = function, items, timeout
@@ -35,6 +36,7 @@ class Mapped:
         self.values: dict[int, Any] = {}
         self.errors: dict[int, Exception] = {}
         self.hosts: dict[int, str] = {}
+        self._last: dict[int, Exception] = {}
 
     def run(self, return_errors: bool) -> list[Any]:
         try:
@@ -45,7 +47,7 @@ class Mapped:
                 call.drop()
         for index in self._waiting:
             lost = LinkLost("no live host is left to run it")
-            self.errors.setdefault(index, lost)
+            self.errors.setdefault(index, self._last.get(index, lost))
         if self.errors and not return_errors:
             some = "; ".join(f"item {index}: {cause(error)}" for index, error in sorted(self.errors.items())[:5])
             raise MapError(
@@ -73,8 +75,8 @@ class Mapped:
             try:
                 call = server.begin_call(self._function, (self._items[index],), {})
             except ZeroDeployError as error:
-                if is_the_callers(error):
-                    raise
+                if is_the_callers(error):  # the item can't travel, to no host
+                    self._tries_left[index] = 1
                 self._failed(index, name, error)
                 continue
             self._running[name] = index, call, time.monotonic()
@@ -114,6 +116,7 @@ class Mapped:
 
     def _failed(self, index: int, name: str, error: Exception) -> None:
         self.hosts[index] = name
+        self._last[index] = error
         self._tried[index].add(name)
         self._tries_left[index] -= 1
         if self._tries_left[index]:

@@ -174,7 +174,7 @@ class MultiServerDeployment:
                 self._tries[index] = attempt
                 if attempt == _LOGIN_TRIES or not was_dropped(error) or not self._back_off(attempt, until):
                     with self._lock:
-                        self._errors[index] = error
+                        self._errors[index] = link.blame(error)
                     return
             else:
                 with self._lock:
@@ -379,6 +379,7 @@ class MultiServerDeployment:
         names = self._names if hosts is None else list(dict.fromkeys(hosts))
         if unknown := [name for name in names if name not in self._places]:
             raise UsageError(f"{', '.join(map(str, unknown[:5]))}: no host of this deployment")
+        fanout.check_call(timeout)
         prepare(function, self._shipped)  # what can't travel is told now, whatever becomes of the hosts
         began = {name: time.monotonic() for name in names}
         rows: queue.SimpleQueue[Callable[[], Result]] = queue.SimpleQueue()
@@ -451,6 +452,7 @@ class MultiServerDeployment:
         Raises:
             MapError: items are left without a value.
         """
+        prepare(function, self._shipped)
         self.wait()
         return Mapped(self._live_by_name, function, list(items), retries, timeout, self._progress).run(return_errors)
 

@@ -88,16 +88,16 @@ class Payload:
             timer.start()
         try:
             with Transfer(session.host) as transfer:
-                return self.ship(client, transfer.report)
+                return self.ship(client, transfer.report, None if timeout_s is None else began + timeout_s)
         finally:
             session.phases["payload"] = time.monotonic() - began
             if timer is not None:
                 timer.cancel()
 
-    def ship(self, client: Client, progress: Callable[[str, int, int], None] | None = None) -> str:
+    def ship(self, client: Client, progress: Callable[[str, int, int], None] | None = None, until: float | None = None) -> str:
         """Send all of it to one host; gives the zipapp's path there, or nothing. See `shipping.ship` for the errors."""
         path = ""
-        for what, bundle, options in self._bundles(client):
+        for what, bundle, options in self._bundles(client, until):
             report = functools.partial(progress, what) if progress is not None else None
             about = shipping.ship(client, bundle, keep=self.keep, progress=report, **options)
             if options.get("app"):
@@ -107,13 +107,13 @@ class Payload:
         client.on_host = self.names
         return path
 
-    def _bundles(self, client: Client) -> Iterator[tuple[str, Bundle, dict[str, Any]]]:
+    def _bundles(self, client: Client, until: float | None) -> Iterator[tuple[str, Bundle, dict[str, Any]]]:
         """What goes last comes first on sys.path."""
         if self._requirements:
             facts = vars(client.session.wait_live())["platform"]
             platform = wheels.Platform.of(facts, client.session.host)
             for each in self._requirements:
-                yield "wheels", each.bundle(platform, host=client.session.host), {}
+                yield "wheels", each.bundle(platform, host=client.session.host, until=until), {}
         if self._zipapp is not None:
             with self._lock:
                 bundle = self._zipapp_bundle

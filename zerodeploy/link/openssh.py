@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ipaddress
+import math
 import os
 import re
 import secrets
@@ -123,7 +124,7 @@ class OpenSSHLink(Link):
         argv = [*self._with_master(master), "-T", "-x"]
         if self._batch:
             argv += ["-o", "BatchMode=yes"]
-        argv += ["-o", f"ConnectTimeout={max(1, int(connect_timeout_s))}", "-o", "LogLevel=ERROR",
+        argv += ["-o", f"ConnectTimeout={max(1, math.ceil(connect_timeout_s))}", "-o", "LogLevel=ERROR",
                  "-o", "RemoteCommand=none", "-o", "PermitLocalCommand=no"]  # fmt: skip
         argv += [*self._options, "--", self.destination, login_shell_line(script)]
         proxy: Proxy | None = None

@@ -6,6 +6,7 @@ becomes a bundle. uv never builds anything here (``--only-binary``) and verifies
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import stat
@@ -16,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from zerodeploy_agent import bundle
 
@@ -82,6 +84,7 @@ class Requirements:
     file: str = ""
     extras: tuple[str, ...] = ()
     lock: bool = False
+    until: float | None = None
 
     def __str__(self) -> str:
         extras = f"[{','.join(self.extras)}]" if self.extras else ""
@@ -91,8 +94,10 @@ class Requirements:
         """All that decides what they mean, files that they name included."""
         return "\n".join(self.lines) if not self.file else _with_inclusions(Path(self.file), set())
 
-    def bundle(self, platform: Platform, *, host: str = "") -> Bundle:
+    def bundle(self, platform: Platform, *, host: str = "", until: float | None = None) -> Bundle:
         """The wheels, packed; resolved and fetched once for each platform, also by several threads and processes.
+
+        *until*: the moment (`time.monotonic`) after which uv is not waited for.
 
         Raises:
             PayloadError: no wheel for the platform, no network, a conflict: the text has the requirement, the platform and
@@ -110,7 +115,7 @@ class Requirements:
                 raise PayloadError(refused[1], host=host)
             try:
                 with cache.locked(key[:32]):
-                    made = self._made(key, platform, host)
+                    made = dataclasses.replace(self, until=until)._made(key, platform, host)
             except OSError as error:
                 raise PayloadError(f"{self}: the cache {cache.folder()} can't be used: {error}", host=host) from error
             except PayloadError as error:
@@ -190,13 +195,24 @@ class Requirements:
         tree.mkdir(exist_ok=True)  # where there was nothing to install
 
     def _uv(self, words: Sequence[str], platform: Platform, host: str, given: str = "") -> str:
-        done = subprocess.run(
+        left_s = None if self.until is None else max(0.1, self.until - time.monotonic())
+        done = _run(
             [uv(), *words, "--no-progress", "--color", "never", "--no-python-downloads"], input=given, capture_output=True, text=True,
-            env={key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"},
+            env={key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}, timeout=left_s,
         )  # fmt: skip
+        if done is None:
+            raise PayloadError(f"{self}: not to be had for {platform}: the package index did not answer in time", host=host)
         if done.returncode:
             raise PayloadError(f"{self}: not to be had for {platform}: {_reason(done.stderr)}", host=host)
         return done.stdout
+
+
+def _run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str] | None:
+    """`subprocess.run`, or None when its timeout has passed."""
+    try:
+        return subprocess.run(words, **options)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def fetch_into(tree: Path, requirements: Sequence[Requirements], platform: Platform) -> None:
