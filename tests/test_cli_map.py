@@ -273,3 +273,11 @@ def test_mistakes_in_sets():
     done = zd("hosts", "a,b,a")
     assert done.returncode == 2 and "a given more than once" in done.stderr
     assert zd("hosts", "web[1-").returncode == 2
+
+
+@pytest.mark.parametrize("seconds", ["nan", "1e30", "inf"])
+def test_seconds_that_are_none(seconds):
+    done = zd("hosts", "--connect-timeout", seconds, "localhost")
+    assert done.returncode == 2 and "--connect-timeout is a number of seconds" in done.stderr
+    done = zd("map", "--timeout", seconds, "local", "os:getpid")
+    assert done.returncode == 2 and "timeout is a number of seconds" in done.stderr and done.stdout == ""
