@@ -164,14 +164,16 @@ def test_where_they_come_on_sys_path(folder, tmp_path, monkeypatch):
         assert server.call("zdbeta:VALUE.upper") == "MINE"
 
 
-@pytest.mark.parametrize("form", ["file", "included", "hashes", "pyproject", "extra"])
+@pytest.mark.parametrize("form", ["file", "included", "hashes", "included hashes", "pyproject", "extra"])
 def test_requirement_files(folder, tmp_path, form):
     pyproject = (
         '[project]\nname = "p"\nversion = "1"\ndependencies = ["zdbeta<2"]\n[project.optional-dependencies]\nmore = ["zdalpha"]\n'
     )
     digest = hashlib.sha256((folder / "zdbeta-1.5-py3-none-any.whl").read_bytes()).hexdigest()
     (tmp_path / "base.txt").write_text("zdbeta==1.5\n")
-    texts = {"file": "zdbeta==1.5  # pinned\n", "included": "-r base.txt\n", "hashes": f"zdbeta==1.5 --hash=sha256:{digest}\n"}
+    texts = {"file": "zdbeta==1.5  # pinned\n", "included": "-r base.txt\n", "hashes": f"zdbeta==1.5 --hash=sha256:{digest}\n",
+             "included hashes": "-r hashed.txt\n"}  # fmt: skip
+    (tmp_path / "hashed.txt").write_text(texts["hashes"])
     path = tmp_path / ("pyproject.toml" if form in ("pyproject", "extra") else "requirements.txt")
     path.write_text(texts.get(form, pyproject))
     with DeployedServer(LocalLink(), requirements=f"{path}[more]" if form == "extra" else path) as server:
@@ -201,7 +203,7 @@ def test_a_pylock(folder, tmp_path):
     digest = hashlib.sha256(target.read_bytes()).hexdigest()
     path.write_text(
         'lock-version = "1.0"\ncreated-by = "test"\n[[packages]]\nname = "zdbeta"\nversion = "1.5"\n'
-        f'wheels = [{{ name = "{target.name}", path = "{target}", hashes = {{ sha256 = "{digest}" }} }}]\n'
+        f'wheels = [{{ name = "{target.name}", path = "wheels/{target.name}", hashes = {{ sha256 = "{digest}" }} }}]\n'
     )
     with DeployedServer(LocalLink(), lock=path) as server:
         assert server.call(lambda: __import__("zdbeta").VALUE) == 15

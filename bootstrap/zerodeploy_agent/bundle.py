@@ -25,6 +25,12 @@ class BundleError(Exception):
     """A stream that is no bundle, or a broken one."""
 
 
+def is_native(name: str) -> bool:
+    """Whether a file of that name is a shared object, something that the loader maps executable."""
+    base = name.rpartition("/")[2]
+    return base.endswith((".so", ".dylib", ".pyd")) or ".so." in base
+
+
 def record(name: str, flags: int, offset: int, data: bytes) -> bytes:
     encoded = name.encode("utf-8", "surrogateescape")
     return RECORD.pack(len(encoded), flags, offset, len(data)) + encoded + data

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _NOEXEC = 8  # ST_NOEXEC of statvfs(3)
 _SPARE_BYTES = 1 << 20
 _THREADS = 2
-_NATIVE = (".so", ".dylib", ".pyd")
 _ZIP = re.compile(r".*/python3\d+\.zip$")
 _lock = threading.Lock()
 
@@ -210,8 +209,7 @@ def _app_paths(folder: str, name: str) -> "List[str]":
             names = set(app.namelist())
             shiv = "environment.json" in names and any(entry.startswith("site-packages/") for entry in names)
             pex = "PEX-INFO" in names
-            native = [entry for entry in names if entry.endswith(_NATIVE) or ".so." in entry]
-            if native and os.statvfs(folder).f_flag & _NOEXEC:
+            if any(map(bundle.is_native, names)) and os.statvfs(folder).f_flag & _NOEXEC:
                 raise ShipError("%s has C extensions, and %s is mounted noexec; pass tmpdir=" % (name, folder))
             app.extractall(target, sorted(entry for entry in names if not shiv or entry.startswith("site-packages/")))
             if shiv:

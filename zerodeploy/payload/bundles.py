@@ -27,7 +27,6 @@ __all__ = ["Bundle", "Content", "pack"]
 _PIECE_BYTES = 256 << 10
 _LEVEL = 6
 _AHEAD = 4  # blocks that wait to be written while others are compressed
-_NATIVE = (".so", ".dylib", ".pyd")
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,8 @@ def pack(files: Mapping[str, Content], out: BinaryIO | None = None) -> Bundle:
             _write_block(write, *waiting.popleft())
     write(bundle.BLOCK.pack(0, 0))
     out.flush()
-    native = any(is_native(name) for name in files)
+    native = any(map(bundle.is_native, files))
     return Bundle(out, sha256=digest.hexdigest(), raw=raw[0], native=native, files=len(files))
-
-
-def is_native(name: str) -> bool:
-    """Whether a file of that name is a shared object, something that the loader maps executable."""
-    base = name.rpartition("/")[2]
-    return base.endswith(_NATIVE) or ".so." in base
 
 
 def _write_block(write, size: int, packed: Future[bytes]) -> None:  # type: ignore[no-untyped-def]

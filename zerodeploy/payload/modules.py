@@ -17,7 +17,7 @@ from pathlib import Path
 from zerodeploy_agent import bundle
 
 from zerodeploy.errors import PayloadError, UsageError
-from zerodeploy.payload.bundles import Content, is_native
+from zerodeploy.payload.bundles import Content
 
 __all__ = ["Modules", "collect"]
 
@@ -138,7 +138,7 @@ def _add_spec(found: Modules, name: str, spec: ModuleSpec) -> None:
         path = Path(spec.origin)
         if path.suffix == ".pyc":
             raise PayloadError(f"modules=: {name} is there as bytecode only, which other Pythons can't read")
-        suffix = "".join(path.suffixes) if is_native(path.name) else path.suffix
+        suffix = "".join(path.suffixes) if bundle.is_native(path.name) else path.suffix
         found.add(base + suffix, path, path.stat(), name)
     else:
         raise PayloadError(f"modules=: {name} is in no file ({spec.origin}): unpack it first")

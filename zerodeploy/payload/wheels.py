@@ -73,6 +73,16 @@ class Platform:
 
 
 @dataclass(frozen=True)
+class _Pinned:
+    """An exact list: the file that has it, all that it says, whether the user gave it, and what uv is to be told of it."""
+
+    path: Path
+    text: str
+    exact: bool
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Requirements:
     """What is wanted, not resolved yet.
 
@@ -135,14 +145,14 @@ class Requirements:
                 return bundle
         with cache.scratch() as work:
             try:
-                exact, pinned = self._pinned(platform, work, host)
-                pinned_key = cache.key_of(["wheels 1", pinned, str(platform)])
+                pinned = self._pinned(platform, work, host)
+                pinned_key = cache.key_of(["wheels 1", pinned.text, str(platform)])
                 before = cache.load(pinned_key)
                 bundle = cache.load_bundle(before[0]) if before is not None else None
                 about = before[0] if before is not None else {}
                 if bundle is None:
                     tree = work / "tree"
-                    self._fetch(work, tree, platform, host)
+                    self._fetch(pinned, tree, platform, host)
                     with open(work / "bundle", "w+b") as file:
                         bundle = pack(_files_of(tree), file)
                     packages = sorted(path.name.removesuffix(".dist-info") for path in tree.glob("*.dist-info"))
@@ -153,45 +163,31 @@ class Requirements:
                 if old is None:
                     raise
                 return old  # yesterday's answer is better than none
-            cache.store(key, {**about, "exact": exact})
+            cache.store(key, {**about, "exact": pinned.exact})
             return bundle
 
-    def _pinned(self, platform: Platform, work: Path, host: str) -> tuple[bool, str]:
-        """Write ``pinned.txt`` (or a pylock) into *work*; gives whether the user gave exact versions, and the text."""
-        pinned = work / "pinned.txt"
-        if self.lock and os.path.basename(self.file).startswith("pylock"):
-            pinned = work / "pylock.toml"
-            pinned.write_text(Path(self.file).read_text("utf-8"), "utf-8")
-            return True, pinned.read_text("utf-8")
+    def _pinned(self, platform: Platform, work: Path, host: str) -> _Pinned:
+        """The exact list: what the user gave, where it is one, or what uv makes of it in *work*."""
+        extras = [word for extra in self.extras for word in ("--extra", extra)]
+        file = Path(os.path.abspath(self.file))
+        if self.lock and file.name.startswith("pylock"):
+            return _Pinned(file, self.content(), True, ("--no-deps",))
+        if self.file and not self.lock and not extras and "--hash" in (text := self.content()):
+            return _Pinned(file, text, True, ("--require-hashes",))
+        command = ["--no-header", "--no-annotate", *extras]
         if self.lock:
-            extras = [word for extra in self.extras for word in ("--extra", extra)]
-            command = ["export", "--frozen", "--no-dev", "--no-emit-workspace", "--no-header", "--no-annotate", "--format",
-                       "requirements.txt", "--project", os.path.dirname(os.path.abspath(self.file)), *extras]  # fmt: skip
-            pinned.write_text(self._uv(command, platform, host), "utf-8")
-            return True, pinned.read_text("utf-8")
-        if self.file and not self.extras and "--hash" in (text := self.content()):
-            pinned.write_text(Path(os.path.abspath(self.file)).read_text("utf-8"), "utf-8")
-            return True, text
-        command = [
-            "pip",
-            "compile",
-            self.file or "-",
-            "--generate-hashes",
-            "--no-header",
-            "--no-annotate",
-            *_target_words(platform),
-        ]
-        command += [word for extra in self.extras for word in ("--extra", extra)]
-        pinned.write_text(self._uv(command, platform, host, "\n".join(self.lines) + "\n"), "utf-8")
-        return False, pinned.read_text("utf-8")
+            command = ["export", *command, "--frozen", "--no-dev", "--no-emit-workspace", "--format", "requirements.txt",
+                       "--project", str(file.parent)]  # fmt: skip
+        else:
+            command = ["pip", "compile", *command, self.file or "-", "--generate-hashes", *_target_words(platform)]
+        text = self._uv(command, platform, host, "\n".join(self.lines) + "\n")
+        made = work / "pinned.txt"
+        made.write_text(text, "utf-8")
+        return _Pinned(made, text, self.lock, ("--no-deps", "--require-hashes"))
 
-    def _fetch(self, work: Path, tree: Path, platform: Platform, host: str) -> None:
-        pinned = next(path for path in (work / "pylock.toml", work / "pinned.txt") if path.exists())
-        words = [] if pinned.suffix == ".toml" else ["--require-hashes"]
-        words += (
-            ["--no-deps"] if not (self.file and pinned.suffix == ".txt" and not self.lock and "--hash" in self.content()) else []
-        )
-        self._uv(["pip", "install", "--target", str(tree), "-r", str(pinned), *words, *_target_words(platform)], platform, host)
+    def _fetch(self, pinned: _Pinned, tree: Path, platform: Platform, host: str) -> None:
+        words = ["pip", "install", "--target", str(tree), "-r", str(pinned.path), *pinned.words]
+        self._uv([*words, *_target_words(platform)], platform, host)
         tree.mkdir(exist_ok=True)  # where there was nothing to install
 
     def _uv(self, words: Sequence[str], platform: Platform, host: str, given: str = "") -> str:
@@ -219,8 +215,7 @@ def fetch_into(tree: Path, requirements: Sequence[Requirements], platform: Platf
     """Unpack the wheels into the new directory *tree*, as they are. Raises as `Requirements.bundle` does."""
     for each in requirements:
         with cache.scratch() as work:
-            each._pinned(platform, work, "")
-            each._fetch(work, tree, platform, "")
+            each._fetch(each._pinned(platform, work, ""), tree, platform, "")
 
 
 def requirements_of(requirements: object, lock: object = None) -> list[Requirements]:
