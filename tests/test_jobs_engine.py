@@ -430,12 +430,12 @@ def test_a_recycled_pid_is_never_signalled(tmp_path):
         other.wait()
         other = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     try:
-        path = Path(job.folder) / "job.json"
+        path = Path(job.folder + ".job")
         state = json.loads(path.read_text())
         jobs.stop(id)
         jobs.close()
         state["status"]["pid"] = other.pid
-        path.write_text(json.dumps(state))
+        path.write_text(json.dumps(state) + "\n")
         again = Supervisor(str(tmp_path / "state"))
         assert again.status(id).state == "lost"
         again.stop(id)
@@ -455,7 +455,7 @@ def test_damaged_state_is_one_job_less(tmp_path, damage):
     for id in ids:
         ended(jobs, id)
     jobs.close()
-    (tmp_path / "state" / "jobs" / ids[0] / "job.json").write_text(damage)
+    (tmp_path / "state" / "jobs" / (ids[0] + ".job")).write_text(damage)
     (tmp_path / "state" / "jobs" / "stray").write_text("")
     again = Supervisor(str(tmp_path / "state"))
     assert [job.id for job in again.jobs()] == [ids[1]] and output_of(again, ids[1]) == b"1\n"

@@ -5,6 +5,7 @@ A process is the one that was noted if its start time and the boot are the same:
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import threading
@@ -90,7 +91,9 @@ def start_of(pid: int) -> str:
         return ""
 
 
+@functools.lru_cache(maxsize=1)
 def boot_id() -> str:
+    """Differs after each start of the system; empty where nobody tells."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()

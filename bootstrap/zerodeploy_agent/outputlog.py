@@ -19,7 +19,7 @@ _PIECE_BYTES = 1 << 20
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Optional, Tuple
+    from typing import List, Optional, Tuple, Union
 
 
 class Piece:
@@ -43,8 +43,12 @@ class Piece:
         return "<Piece at %d: %s>" % (self.offset, what)
 
 
+def log_paths(folder: str) -> "List[str]":
+    return [os.path.join(folder, name) for name in ("output", "index")]
+
+
 class OutputLog:
-    """The log in the directory *folder*, made there if it is not there yet. One thread appends.
+    """The log in the directory *folder*, made with the first byte if it is not there yet. One thread appends.
 
     ``kept``: bytes that can be read; ``dropped``: bytes behind them that can't; ``counts``: bytes by stream, all of them.
 
@@ -52,20 +56,29 @@ class OutputLog:
     """
 
     def __init__(self, folder: str, quota_bytes: "Optional[int]" = None) -> None:
-        self.paths = [os.path.join(folder, name) for name in ("output", "index")]
-        self._fds = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for path in self.paths]
+        self.paths = log_paths(folder)
+        self._fds: "List[int]" = []
         self._quota = quota_bytes
-        self.kept = os.fstat(self._fds[0]).st_size
-        self.entries = os.fstat(self._fds[1]).st_size // ENTRY.size
+        self.kept = self.entries = 0
         self._last: "Tuple[int, int, int, float]" = (0, 0, 0, 0.0)
         self.counts = {STDOUT: 0, STDERR: 0}
         self.dropped = 0
         self.dropped_at = 0.0
-        if self.kept or self.entries:
+        if os.path.isdir(folder):
             self._recover()
+
+    def _open(self) -> None:
+        folder = os.path.dirname(self.paths[0])
+        if not os.path.isdir(folder):
+            os.mkdir(folder, 0o700)
+        for path in self.paths:
+            self._fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
     def _recover(self) -> None:
         """After a crash: bytes without an entry get one, entries without bytes go."""
+        self._open()
+        self.kept = os.fstat(self._fds[0]).st_size
+        self.entries = os.fstat(self._fds[1]).st_size // ENTRY.size
         end = number = 0
         while number < self.entries:
             offset, length, stream, _ = ENTRY.unpack(os.pread(self._fds[1], ENTRY.size, number * ENTRY.size))
@@ -100,6 +113,9 @@ class OutputLog:
     def _write(self, data: bytes) -> int:
         view, at = memoryview(data), self.kept
         try:
+            if len(self._fds) < 2:
+                self.let_go()
+                self._open()
             while view:
                 written = os.pwrite(self._fds[0], view, at)
                 view, at = view[written:], at + written
@@ -130,13 +146,29 @@ class OutputLog:
             os.close(fd)
 
 
+class LogView:
+    """A log that another process appends to, as far as that one has told (`tell`)."""
+
+    def __init__(self, folder: str) -> None:
+        self.paths = log_paths(folder)
+        self.kept = self.entries = self.dropped = 0
+        self.dropped_at = 0.0
+
+    def tell(self, kept: int, entries: int, dropped: int, dropped_at: float) -> None:
+        self.kept, self.entries, self.dropped, self.dropped_at = kept, entries, dropped, dropped_at
+
+    @property
+    def end(self) -> int:
+        return self.kept + self.dropped
+
+
 class Reader:
     """Reads a log from *offset* on, in any thread; has descriptors of its own. `close` gives them back."""
 
-    def __init__(self, log: OutputLog, offset: int = 0) -> None:
+    def __init__(self, log: "Union[OutputLog, LogView]", offset: int = 0) -> None:
         self._log = log
         self.offset = offset
-        self._fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in log.paths]
+        self._fds: "List[int]" = []
         self._number = 0  # of an entry that is not behind the offset
 
     def next(self, limit: int = _PIECE_BYTES) -> "Optional[Piece]":
@@ -149,6 +181,8 @@ class Reader:
                 return None
             piece = Piece(STDOUT, b"", offset, log.dropped_at, gap=kept + dropped - offset)
         else:
+            for path in log.paths[len(self._fds) :]:
+                self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             entries = log.entries
             number = self._find(offset, entries)
             start, length, stream, when = self._entry(number)

@@ -12,9 +12,14 @@ import subprocess
 import threading
 import time
 
+from .cgroups import oom_killed
+from .limits import Enforced, LimitError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Dict, Mapping, Optional, Sequence
+
+__all__ = ["EXITED", "FAILED", "FINAL", "INITIAL", "LOST", "RUNNING", "SIGNALED", "STOPPING", "LimitError", "Process", "Status", "pidfd_open"]
 
 INITIAL, RUNNING, STOPPING, EXITED, SIGNALED, FAILED, LOST = (
     "initial",
@@ -26,12 +31,6 @@ INITIAL, RUNNING, STOPPING, EXITED, SIGNALED, FAILED, LOST = (
     "lost",
 )
 FINAL = (EXITED, SIGNALED, FAILED, LOST)
-#: what a limit needs besides being a number above 0: the name of its rlimit
-RLIMITS = {"memory_bytes": "RLIMIT_AS", "open_files": "RLIMIT_NOFILE", "cpu_seconds": "RLIMIT_CPU"}
-
-
-class LimitError(Exception):
-    """A limit that can't be enforced here; the text names it."""
 
 
 class Status:
@@ -75,11 +74,12 @@ class Process:
     """A command and its life.
 
     Args:
-        name: the program, looked up in PATH as execvp(3) does.
+        name: the program, looked up as execvp(3) does in the PATH of this process, whatever *env* says.
         args: its arguments.
         env: added to the environment; *clear_env*: in its place.
         cwd: the directory to run it in.
-        limits: ``memory_bytes``, ``open_files``, ``cpu_seconds`` (rlimits, setrlimit(2)). Others are refused.
+        limits: ``memory_bytes``, ``open_files``, ``cpu_seconds`` (rlimits, setrlimit(2)); others are refused. Or `Enforced`, made
+            by whoever has a cgroup to divide.
         stdout, stderr: descriptors for its output; default: discarded.
 
     Raises:
@@ -87,7 +87,7 @@ class Process:
     """
 
     def __init__(self, name: str, args: "Sequence[str]" = (), *, env: "Optional[Mapping[str, str]]" = None, clear_env: bool = False,
-                 cwd: "Optional[str]" = None, limits: "Optional[Mapping[str, int]]" = None, stdout: "Optional[int]" = None,
+                 cwd: "Optional[str]" = None, limits: "Optional[Mapping[str, float] | Enforced]" = None, stdout: "Optional[int]" = None,
                  stderr: "Optional[int]" = None) -> None:  # fmt: skip
         if not name:
             raise ValueError("the command is empty")
@@ -96,7 +96,7 @@ class Process:
             raise ValueError("a NUL in the command")
         self._env = None if env is None and not clear_env else {**({} if clear_env else os.environ), **(env or {})}
         self._cwd = cwd
-        self._limits = _checked(limits or {})
+        self.limits = limits if isinstance(limits, Enforced) else Enforced(limits or {})
         self._outputs = (subprocess.DEVNULL if stdout is None else stdout, subprocess.DEVNULL if stderr is None else stderr)
         self._status = Status()
         self._lock = threading.Lock()  # signals and reaping: a pid that is being reaped is signalled no more
@@ -107,16 +107,33 @@ class Process:
 
     def start(self) -> None:
         """Start it and return at once. Raises `OSError` when that can't be done; then there is no process."""
-        limits = self._limits
-        self._process = subprocess.Popen(
-            self.argv, stdin=subprocess.DEVNULL, stdout=self._outputs[0], stderr=self._outputs[1], env=self._env, cwd=self._cwd,
-            start_new_session=True, preexec_fn=(lambda: _limit(limits)) if limits else None,
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                self.argv, stdin=subprocess.DEVNULL, stdout=self._outputs[0], stderr=self._outputs[1], env=self._env, cwd=self._cwd,
+                start_new_session=True, preexec_fn=self.limits.preexec, executable=self._found(),
+            )  # fmt: skip
+        except BaseException:
+            self.limits.remove()
+            raise
+        self.limits.started()
         self._env = None
         self._status.pid = self._process.pid
         self._status.started = time.time()
         self._status.state = RUNNING
         self.pidfd = pidfd_open(self._process.pid)
+
+    def _found(self) -> "Optional[str]":
+        """Where the program is, if the child would look for it in another PATH than ours."""
+        name = self.argv[0]
+        if self._env is None or os.sep in name or self._env.get("PATH") == os.environ.get("PATH"):
+            return None
+        found = ""
+        for folder in os.get_exec_path():
+            path = os.path.join(folder, name)
+            if os.access(path, os.X_OK) and not os.path.isdir(path):
+                return path
+            found = found or (path if os.path.exists(path) else "")
+        raise PermissionError(13, os.strerror(13), name) if found else FileNotFoundError(2, os.strerror(2), name)
 
     def status(self) -> Status:
         """As it is now."""
@@ -197,6 +214,7 @@ class Process:
             "user_seconds": usage.ru_utime,
             "system_seconds": usage.ru_stime,
             "max_rss_bytes": usage.ru_maxrss * 1024,
+            "oom_killed": bool(self.limits.cgroup) and oom_killed(self.limits.cgroup),
         }
         if self.pidfd >= 0:
             fd, self.pidfd = self.pidfd, -1
@@ -218,32 +236,6 @@ class Process:
                 time.sleep(0.01 if left is None else min(0.01, left))
         self.reap()
         return self.status()
-
-
-def _checked(limits: "Mapping[str, int]") -> "Dict[int, int]":
-    """By rlimit. Raises `LimitError`."""
-    import resource
-
-    found = {}
-    for name, value in limits.items():
-        number = getattr(resource, RLIMITS.get(name, ""), None)
-        if number is None:
-            raise LimitError("the limit %s can't be enforced here" % name)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise LimitError("the limit %s is a whole number above 0, not %r" % (name, value))
-        hard = resource.getrlimit(number)[1]
-        if hard != resource.RLIM_INFINITY and value > hard:
-            raise LimitError("the limit %s can't be %d: the hard limit here is %d" % (name, value, hard))
-        found[number] = value
-    return found
-
-
-def _limit(limits: "Dict[int, int]") -> None:
-    """In the child, before it becomes the command: system calls alone, no lock that another thread might have held."""
-    import resource
-
-    for number, value in limits.items():
-        resource.setrlimit(number, (value, value))
 
 
 def pidfd_open(pid: int) -> int:

@@ -6,17 +6,18 @@ log in threads of their own, or are called when there is something new; a slow o
 
 from __future__ import annotations
 
-import heapq
 import itertools
-import json
 import os
-import select
 import threading
 import time
 
-from .foundprocess import Ended, Found, boot_id, start_of
+from . import jobstate
+from .cgroups import Cgroups
+from .foundprocess import Found, boot_id, start_of
+from .limits import Enforced, LimitError, whole_number
+from .loop import Loop
 from .outputlog import STDERR, STDOUT, OutputLog, Reader
-from .processes import LOST, RUNNING, STOPPING, LimitError, Process, Status
+from .processes import Process, Status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
 
     from .outputlog import Piece
 
+__all__ = ["GRACE_S", "QUOTA_BYTES", "Job", "JobError", "LimitError", "NoSuchJob", "OffsetError", "Supervisor"]
+
 GRACE_S = 10.0
 QUOTA_BYTES = 1 << 30  # of a job's output on disk; what comes behind it is a gap
 _DRAIN_S = 2.0  # for what is left in the pipes when the leader has ended: a grandchild may hold them for ever
 _READ_BYTES = 1 << 18
 _RECHECK_S = 0.01
 _ROUNDS = 4  # reads of one pipe before the others get their turn
+_SPARE_FDS = 64
 
 
 class JobError(Exception):
@@ -73,102 +77,125 @@ class Supervisor:
 
     Args:
         state_dir: where jobs and their output are kept (0700). What is there is known again: jobs that have ended with all
-            their output, and those that still run, whose end will be `LOST`.
+            their output, and those that still run, whose end will be `LOST`. Only one supervisor at a time may use it.
+            Default: a new directory under the temp dir, which is gone after `close`.
         quota_bytes: of each job's output; a job's own ``output_bytes`` limit may be lower.
         grace_s: between SIGTERM and SIGKILL, where `stop` is not told otherwise.
     """
 
-    def __init__(self, state_dir: str, *, quota_bytes: int = QUOTA_BYTES, grace_s: "Optional[float]" = GRACE_S) -> None:
+    def __init__(self, state_dir: "Optional[str]" = None, *, quota_bytes: int = QUOTA_BYTES,
+                 grace_s: "Optional[float]" = GRACE_S) -> None:  # fmt: skip
+        self._temporary = state_dir is None
+        if state_dir is None:
+            import tempfile
+
+            state_dir = tempfile.mkdtemp(prefix="zerodeploy-jobs-")
         self.state_dir = os.path.abspath(state_dir)
         self._folder = os.path.join(self.state_dir, "jobs")
         os.makedirs(self._folder, 0o700, exist_ok=True)
         os.chmod(self.state_dir, 0o700)
         self._quota, self._grace = quota_bytes, grace_s
-        self._jobs: "Dict[str, Job]" = {}
-        self._watched: "Dict[int, Tuple[Job, int]]" = {}  # descriptor to job and stream; stream 0: the process itself
-        self._timers: "List[Tuple[float, int, Callable[[], None]]]" = []
+        self._jobs: "Dict[str, Job]" = {}  # the oldest first
+        self._keys: "Dict[Tuple[str, str], str]" = {}
         self._ticket = itertools.count()
         self._lock = threading.Lock()
-        self._poll = select.epoll()
-        self._wake_read, self._wake = os.pipe()
-        for fd in (self._wake_read, self._wake):
-            os.set_blocking(fd, False)
-        self._poll.register(self._wake_read, select.EPOLLIN)
+        self.loop = Loop()
+        self._cgroups: "Optional[Cgroups]" = None
+        self._descriptors = Descriptors()
         self._closed = False
         self._thread: "Optional[threading.Thread]" = None
         self._running = threading.Lock()
-        for name in sorted(os.listdir(self._folder)):
-            self._load(name)
+        self._starting = threading.Lock()  # of jobs with a key
+        for job in jobstate.load_all(self._folder):
+            self._add(job)
+            if job.process.look():
+                job.exited = job.over = True
+            else:
+                self._watch_process(job)
+                self._watch_time(job)
 
     # for callers, in any thread
 
     def start(self, cmd: str, args: "Sequence[str]" = (), *, env: "Optional[Mapping[str, str]]" = None, cwd: "Optional[str]" = None,
-              limits: "Optional[Mapping[str, int]]" = None, owner: str = "", label: str = "") -> str:  # fmt: skip
+              limits: "Optional[Mapping[str, float]]" = None, owner: str = "", label: str = "", key: str = "") -> str:  # fmt: skip
         """Start a job; gives its id, which nobody can guess.
 
         Args:
-            limits: those of `Process`; ``wall_seconds`` (then it is stopped); ``output_bytes`` (see `OutputLog`).
+            limits: ``memory_bytes``, ``open_files``, ``cpu_seconds``, ``cpus``, ``pids``, ``io_bytes_per_s``, see `Enforced`;
+                ``wall_seconds`` (then it is stopped); ``output_bytes`` (see `OutputLog`).
+            key: a second start of the same *owner* with the same key gives the id of the first, and starts nothing.
 
         Raises:
             OSError: the command can't be started, with errno; there is no job.
             LimitError: a limit that can't be enforced. ValueError: an empty command, a NUL in it.
         """
         self._serve()
-        given = dict(limits or {})
-        wall, quota = given.pop("wall_seconds", None), given.pop("output_bytes", None)
+        if not key:
+            return self._start(cmd, args, env, cwd, dict(limits or {}), owner, label, key)
+        with self._starting:
+            return self._keys.get((owner, key)) or self._start(cmd, args, env, cwd, dict(limits or {}), owner, label, key)
+
+    def _start(self, cmd: str, args: "Sequence[str]", env: "Optional[Mapping[str, str]]", cwd: "Optional[str]",
+               limits: "Dict[str, Any]", owner: str, label: str, key: str) -> str:  # fmt: skip
+        wall, quota = limits.pop("wall_seconds", None), limits.pop("output_bytes", None)
         for name, value in (("wall_seconds", wall), ("output_bytes", quota)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
-                raise LimitError("the limit %s is a whole number above 0, not %r" % (name, value))
-        out, err = os.pipe(), os.pipe()
-        ours = [out[0], err[0]]
-        theirs = [out[1], err[1]]
+            if value is not None:
+                whole_number(name, value)
         id = os.urandom(16).hex()
-        folder = os.path.join(self._folder, id)
+        if limits and self._cgroups is None:
+            self._cgroups = Cgroups()
+        nofile = self._descriptors.before_a_start()
+        enforced = Enforced(limits, self._cgroups, id, nofile)
+        opened: "List[int]" = []
         try:
-            process = Process(cmd, args, env=env, cwd=cwd, limits=given, stdout=out[1], stderr=err[1])
-            os.mkdir(folder, 0o700)
-            try:
-                log = OutputLog(folder, min(quota or self._quota, self._quota))
-                try:
-                    process.start()
-                except BaseException:
-                    log.let_go()
-                    raise
-            except BaseException:
-                _remove(folder)
-                raise
+            opened += os.pipe()
+            opened += os.pipe()
+            process = Process(cmd, args, env=env, cwd=cwd, limits=enforced, stdout=opened[1], stderr=opened[3])
+            log = OutputLog(os.path.join(self._folder, id), min(quota or self._quota, self._quota))
+            process.start()
         except BaseException:
-            for fd in ours:
+            enforced.remove()
+            for fd in opened:
                 os.close(fd)
             raise
-        finally:
-            for fd in theirs:
-                os.close(fd)
+        os.close(opened[1])
+        os.close(opened[3])
         about = {"command": cmd, "args": list(args), "owner": owner, "label": label, "created": time.time(),
-                 "start": start_of(process.status().pid), "boot": boot_id()}  # fmt: skip
-        job = Job(id, folder, about, process, log)
-        for fd, stream in zip(ours, (STDOUT, STDERR)):
+                 "start": start_of(process.status().pid), "boot": boot_id(), "key": key, "wall": wall}  # fmt: skip
+        job = Job(id, os.path.join(self._folder, id), about, process, log)
+        for fd, stream in ((opened[0], STDOUT), (opened[2], STDERR)):
             os.set_blocking(fd, False)
             job.pipes[fd] = stream
         try:
-            self._save(job)
+            jobstate.save(job)
         except OSError:  # without its state it could not be found again
             process.signal(9)
             process.wait()
-            for fd in ours:
+            enforced.remove()
+            for fd in job.pipes:
                 os.close(fd)
-            log.let_go()
-            _remove(folder)
+            jobstate.remove(job.folder)
             raise
-        with self._lock:
-            self._jobs[id] = job
-            for fd, stream in job.pipes.items():
-                self._watched[fd] = job, stream
-                self._poll.register(fd, select.EPOLLIN)
-            self._watch_process(job)
-        if wall is not None:
-            self._later(float(wall), lambda: self._ask_to_stop(job, self._grace))
+        self._add(job)
+        for fd, stream in job.pipes.items():
+            self.loop.watch(fd, self._reading(job, fd, stream))
+        self._watch_process(job)
+        self._watch_time(job)
         return id
+
+    def _watch_time(self, job: Job) -> None:
+        wall = job.about.get("wall")
+        if wall is not None:
+            self.loop.later(max(0.0, job.about["created"] + wall - time.time()), lambda: self._ask_to_stop(job, self._grace))
+
+    def _add(self, job: Job) -> None:
+        with self._lock:
+            self._jobs[job.id] = job
+            if job.about.get("key"):
+                self._keys[job.about["owner"], job.about["key"]] = job.id
+
+    def _reading(self, job: Job, fd: int, stream: int) -> "Callable[[], None]":
+        return lambda: self._read(job, fd, stream)
 
     def status(self, id: str) -> Status:
         """The process's `Status`. Raises `NoSuchJob`, as all that follow."""
@@ -184,8 +211,7 @@ class Supervisor:
     def jobs(self, owner: "Optional[str]" = None) -> "List[Job]":
         """All jobs, or those of *owner*, oldest first."""
         with self._lock:
-            found = [job for job in self._jobs.values() if owner is None or job.about["owner"] == owner]
-        return sorted(found, key=lambda job: (job.about["created"], job.id))
+            return [job for job in self._jobs.values() if owner is None or job.about["owner"] == owner]
 
     def signal(self, id: str, number: int) -> None:
         """Signal the job's process group. Raises `JobError` when it has ended."""
@@ -274,13 +300,13 @@ class Supervisor:
             raise JobError("the job runs")
         with self._lock:
             self._jobs.pop(id, None)
-        _remove(job.folder)
+            self._keys.pop((job.about["owner"], job.about.get("key", "")), None)
+        jobstate.remove(job.folder)
 
     def run(self) -> None:
         """Serve in this thread until `close`. Without it the first call that needs one starts a thread."""
         with self._running:
-            while not self._closed:
-                self._once()
+            self.loop.run()
 
     def close(self, grace: "Union[float, None, bool]" = None, *, stop_jobs: bool = False) -> None:
         """Serve no longer. With *stop_jobs* all are stopped first; without, they run on, and lose their output. Twice is fine."""
@@ -290,14 +316,20 @@ class Supervisor:
                 self.begin_stop(job.id, grace)
             for job in running:
                 self.stop(job.id, grace)
-        self._closed = True
-        self._call()
+        was, self._closed = self._closed, True
+        self.loop.stop()
         with self._running:
+            if was:
+                return
             for job in self.jobs():
                 for fd in list(job.pipes):
                     self._drop_pipe(job, fd)
                 job.log.let_go()
-            self._poll.close()
+            self.loop.close()
+            if self._cgroups is not None:
+                self._cgroups.close()
+            if self._temporary:
+                jobstate.remove_all(self.state_dir)
 
     # in the serving thread
 
@@ -309,42 +341,6 @@ class Supervisor:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self.run, daemon=True, name="zerodeploy-supervisor")
                     self._thread.start()
-
-    def _call(self) -> None:
-        try:
-            os.write(self._wake, b"x")
-        except BlockingIOError:
-            pass
-
-    def _later(self, seconds: float, action: "Callable[[], None]") -> None:
-        with self._lock:
-            heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._ticket), action))
-        self._call()
-
-    def _once(self) -> None:
-        """Sleep until something happens, and see to it."""
-        with self._lock:
-            wait = self._timers[0][0] - time.monotonic() if self._timers else -1.0
-        for fd, _ in self._poll.poll(max(0.0, wait) if self._timers else None, 256):
-            if fd == self._wake_read:
-                os.read(fd, 4096)
-                continue
-            with self._lock:
-                watched = self._watched.get(fd)
-            if watched is None:
-                continue
-            job, stream = watched
-            if stream:
-                self._read(job, fd, stream)
-            else:
-                self._look(job)
-        now = time.monotonic()
-        while True:
-            with self._lock:
-                if not self._timers or self._timers[0][0] > now:
-                    return
-                action = heapq.heappop(self._timers)[2]
-            action()
 
     def _read(self, job: Job, fd: int, stream: int) -> None:
         now = time.time()
@@ -364,43 +360,32 @@ class Supervisor:
 
     def _drop_pipe(self, job: Job, fd: int) -> None:
         with self._lock:
-            self._watched.pop(fd, None)
             if job.pipes.pop(fd, None) is None:
                 return
-        try:
-            self._poll.unregister(fd)
-        except (OSError, ValueError):
-            pass
+        self.loop.unwatch(fd)
         os.close(fd)
 
     def _watch_process(self, job: Job) -> None:
-        """With the lock."""
-        fd = job.process.pidfd
-        if fd >= 0:
-            self._watched[fd] = job, 0
-            self._poll.register(fd, select.EPOLLIN)
+        if job.process.pidfd >= 0:
+            self.loop.watch(job.process.pidfd, lambda: self._look(job))
         else:  # Linux before 5.3 has nothing that tells
-            heapq.heappush(self._timers, (time.monotonic() + 0.05, next(self._ticket), lambda: self._poll_process(job)))
+            self.loop.later(0.05, lambda: self._poll_process(job))
 
     def _poll_process(self, job: Job) -> None:
         self._look(job)
         if not job.exited:
-            self._later(0.05, lambda: self._poll_process(job))
+            self.loop.later(0.05, lambda: self._poll_process(job))
 
     def _look(self, job: Job) -> None:
         """Has the leader ended?"""
         if job.exited or not job.process.look():
             return
-        fd = job.process.pidfd
-        if fd >= 0:
-            with self._lock:
-                self._watched.pop(fd, None)
-            self._poll.unregister(fd)
+        self.loop.unwatch(job.process.pidfd)
         job.exited = True
         self._reap(job, _RECHECK_S)
         job.tell()
         if job.pipes:
-            self._later(_DRAIN_S, lambda: self._end_drain(job))
+            self.loop.later(_DRAIN_S, lambda: self._end_drain(job))
         self._maybe_over(job)
 
     def _reap(self, job: Job, again_s: float) -> None:
@@ -408,9 +393,14 @@ class Supervisor:
         if job.process.done.is_set():
             return
         if job.stopping and job.grace is not None and job.process.others():
-            self._later(again_s, lambda: self._reap(job, again_s * 2))
+            self.loop.later(again_s, lambda: self._reap(job, again_s * 2))
             return
+        self._reaped(job)
+
+    def _reaped(self, job: Job) -> None:
         job.process.reap()
+        if job.over:  # what was written to the state lacks the usage
+            self._save_end(job)
         job.tell()
 
     def _end_drain(self, job: Job) -> None:
@@ -422,12 +412,17 @@ class Supervisor:
     def _maybe_over(self, job: Job) -> None:
         if job.exited and not job.pipes and not job.over:
             job.log.let_go()
-            try:
-                self._save(job)
-            except OSError:
-                pass  # the next supervisor will call it lost
+            if isinstance(job.process, Process) and job.process.limits.cgroup and self._cgroups is not None:
+                self._cgroups.remove(job.process.limits.cgroup)
+            self._save_end(job)
             job.over = True
             job.tell()
+
+    def _save_end(self, job: Job) -> None:
+        try:
+            jobstate.save(job)
+        except OSError:
+            pass  # the next supervisor will call it lost
 
     def _ask_to_stop(self, job: Job, grace: "Optional[float]") -> None:
         with job.changed:
@@ -435,65 +430,32 @@ class Supervisor:
                 return
             job.stopping, job.grace = True, grace
         if job.process.stop() and grace is not None:
-            self._later(grace, lambda: self._kill(job))
+            self.loop.later(grace, lambda: self._kill(job))
 
     def _kill(self, job: Job) -> None:
         job.process.signal(9)
-        if job.exited:
-            job.process.reap()
-            job.tell()
-
-    # state
-
-    def _save(self, job: Job) -> None:
-        status = job.process.status().as_dict()
-        counts = {str(stream): count for stream, count in job.log.counts.items()}
-        state = {
-            "about": job.about,
-            "status": status,
-            "counts": counts,
-            "dropped": job.log.dropped,
-            "dropped_at": job.log.dropped_at,
-        }
-        path = os.path.join(job.folder, "job.json")
-        temporary = path + ".new"
-        with open(temporary, "w") as file:  # no fsync: after a power loss nothing that ran is there any more
-            json.dump(state, file)
-        os.replace(temporary, path)
-
-    def _load(self, id: str) -> None:
-        folder = os.path.join(self._folder, id)
-        try:
-            with open(os.path.join(folder, "job.json")) as file:
-                state = json.load(file)
-            status = Status(**state["status"])
-            about = dict(state["about"])
-            about["owner"], about["created"], about["start"]
-            log = OutputLog(folder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return  # a job that was never announced, or no job: left alone
-        log.let_go()
-        log.dropped, log.dropped_at = int(state.get("dropped", 0)), float(state.get("dropped_at", 0.0))
-        if not status.final and about.get("boot") != boot_id():
-            status.state, status.ended = LOST, status.ended or time.time()
-        elif status.state == STOPPING:
-            status.state = RUNNING
-        found = Found(status, str(about["start"])) if not status.final else Ended(status)
-        job = Job(id, folder, about, found, log)
-        self._jobs[id] = job
-        if found.look():
-            job.exited = job.over = True
-        else:
-            self._watch_process(job)
+        if job.exited and not job.process.done.is_set():
+            self._reaped(job)
 
 
-def _remove(folder: str) -> None:
-    for name in ("job.json", "job.json.new", "output", "index"):
-        try:
-            os.unlink(os.path.join(folder, name))
-        except OSError:
-            pass
-    try:
-        os.rmdir(folder)
-    except OSError:
-        pass
+class Descriptors:
+    """Room for the descriptors of many jobs: the soft limit (RLIMIT_NOFILE) is raised once it is needed.
+
+    What is started from then on has the limit from before set again, which takes a fork in place of a vfork.
+    """
+
+    def __init__(self) -> None:
+        self._before: "Optional[int]" = None
+
+    def before_a_start(self) -> "Optional[int]":
+        """The limit that the next child has to set for itself, or None."""
+        if self._before is None:
+            import resource
+
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            fd = os.open(os.devnull, os.O_RDONLY)  # the lowest free one: below it all are in use
+            os.close(fd)
+            if fd + _SPARE_FDS > soft and soft != hard:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                self._before = soft
+        return self._before
