@@ -10,6 +10,7 @@ import time
 UNDO = "undo-"  # links of this name in the private dir lead to half-written files elsewhere
 _HEIR_WAITS_S = 0.2  # for the worker, which mostly notices by itself
 MARK = "ZERODEPLOY_SESSION"  # in the environment of every process of a session, from its first shell on
+RELEASED = "ZERODEPLOY_RELEASED"  # in that of what outlives it on purpose, with all that it has started
 
 
 def become_subreaper() -> bool:
@@ -43,8 +44,11 @@ def members(session: str, roots: set[int]) -> set[int]:
                 continue
             parents[pid] = int(fields[1])
             with open("/proc/%d/environ" % pid, "rb") as file:
-                if needle in file.read():
-                    found.add(pid)
+                environment = file.read()
+            if needle in environment:
+                found.add(pid)
+            elif RELEASED.encode() in environment:
+                del parents[pid]
         except (OSError, IndexError):
             continue
     for pid in parents:

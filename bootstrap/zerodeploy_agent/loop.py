@@ -73,14 +73,14 @@ class Loop:
                 continue
             callback = self._callbacks.get(key.fd)
             if callback is not None:
-                callback()
+                _guarded(callback)
         now = time.monotonic()
         for _ in range(len(self._timers)):  # what is asked for meanwhile has its turn after the next look at the descriptors
             with self._lock:
                 if not self._timers or self._timers[0][0] > now:
                     return
                 action = heapq.heappop(self._timers)[2]
-            action()
+            _guarded(action)
 
     def run(self) -> None:
         """Until `stop`."""
@@ -98,3 +98,13 @@ class Loop:
         fds, self._wake_read, self._wake = (self._wake_read, self._wake), -1, -1
         for fd in fds:
             os.close(fd)
+
+
+def _guarded(action: "Callable[[], None]") -> None:
+    """One that fails is told of on standard error; the others must go on."""
+    try:
+        action()
+    except Exception:
+        import traceback
+
+        traceback.print_exc()

@@ -177,7 +177,7 @@ class Supervisor:
             jobstate.remove(job.folder)
             raise
         self._add(job)
-        for fd, stream in job.pipes.items():
+        for fd, stream in list(job.pipes.items()):  # the first may be at its end before the second is watched
             self.loop.watch(fd, self._reading(job, fd, stream))
         self._watch_process(job)
         self._watch_time(job)
@@ -212,6 +212,10 @@ class Supervisor:
         """All jobs, or those of *owner*, oldest first."""
         with self._lock:
             return [job for job in self._jobs.values() if owner is None or job.about["owner"] == owner]
+
+    def started(self, owner: str, key: str) -> bool:
+        """Whether a start with that key would start nothing."""
+        return bool(key) and (owner, key) in self._keys
 
     def signal(self, id: str, number: int) -> None:
         """Signal the job's process group. Raises `JobError` when it has ended."""

@@ -1,0 +1,521 @@
+"""A supervisor in a process of its own, behind a unix socket in its state directory: jobs outlive whoever asked for them.
+
+Requests and answers are lines of JSON (ASCII), with ``id`` and ``re``; `Connection` has the list. The output of a job follows
+its line as the bytes that it is. Who shares the file system reads it from the log itself, and asks to be told (``follow``).
+
+The directory is 0700 and the socket answers nobody but its owner. One process at a time serves a directory; it ends by itself
+when nobody is connected and nothing runs, and is started again by the next who asks (`jobsocket.connect`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+
+from . import jobstate
+from .foundprocess import Found
+from .limits import LimitError
+from .loop import READ, WRITE
+from .outputlog import Reader
+from .supervisor import JobError, NoSuchJob, Supervisor
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, List, Optional, Set
+
+    from .supervisor import Job
+
+PROTOCOL = 1
+SOCKET, LOCK, LOG = "socket", "lock", "supervisor.log"
+NO_SUCH_JOB = "no such job"  # the same for a missing and for a foreign one
+_LINE_BYTES = 16 << 20  # of a request: arguments and environment of a process have 2 MiB on most systems
+_HELD_BYTES = 1 << 20  # towards a client, before its output waits
+_READ_BYTES = 1 << 16
+_LINGER_S = 3.0
+#: there was no room for another job: not the command's fault
+SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
+
+
+def about(job: Job) -> "Dict[str, Any]":
+    """A job as clients see it; times are seconds since 1970. ``log``: see `LogView.tell`."""
+    status, log = job.process.status(), job.log
+    told = status.as_dict()
+    given = job.about
+    told.update(
+        id=job.id, command=given["command"], args=given["args"], owner=given["owner"], label=given["label"],
+        created=given["created"], stdout_bytes=log.counts[1], stderr_bytes=log.counts[2], dropped_bytes=log.dropped,
+        over=job.over, reaped=job.process.done.is_set(), log=[log.kept, log.entries, log.dropped, log.dropped_at],
+    )  # fmt: skip
+    return told
+
+
+class Refused(Exception):
+    """A request that gets an error: ``code`` and text."""
+
+    def __init__(self, code: str, text: str, number: int = 0) -> None:
+        super().__init__(text)
+        self.code, self.number = code, number
+
+
+class Connection:
+    """One client. Requests are ``{"id": N, "do": NAME, …}``; each gets one ``{"re": N, …}``, with ``error`` when it failed.
+
+    Where ``owner`` is given, jobs of others are as if they were not there.
+
+    - ``hello``: protocol, pid, state directory.
+    - ``start``: command, args, env, cwd, limits, owner, label, key, max_running. The job.
+    - ``status``, ``signal`` (signal), ``forget``: job. The job as it is now.
+    - ``stop``: job, grace (seconds; null: never kill; absent: as the server was told). The final status.
+    - ``list``: owner, states, after (the job behind which to go on), limit. ``jobs``, ``more``.
+    - ``follow``: job. The job; from then on lines ``{"job": …}`` whenever it has changed, until it is over. ``unfollow``.
+    - ``watch``: job, from, wait, streams. Lines ``{"piece": [stream, offset, time, length, gap]}``, each with so many bytes
+      behind it; then the answer. One at a time.
+    - ``shutdown``: stops all jobs with their grace (or ``grace``), answers, and ends the server.
+    """
+
+    def __init__(self, server: JobServer, sock: socket.socket) -> None:
+        self._server, self._sock = server, sock
+        self._jobs = server.jobs
+        self._in = bytearray()
+        self._out: "List[bytes]" = []
+        self._held = 0
+        self._followed: "Dict[str, Callable[[], None]]" = {}
+        self._changed: "Set[str]" = set()
+        self._watching: "Optional[Watching]" = None
+        self._closed = self._pumping = False
+        sock.setblocking(False)
+        self._events = READ
+        server.loop.watch(sock.fileno(), self._ready)
+
+    def _ready(self) -> None:
+        if self._out:
+            self._flush()
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._in += data
+        if data.find(b"\n") < 0 and len(self._in) < _LINE_BYTES:
+            return
+        *lines, rest = self._in.split(b"\n")
+        self._in = rest
+        for line in lines:
+            self._take(bytes(line))
+        if len(self._in) > _LINE_BYTES:
+            self._tell({"re": None, "error": "value", "text": "a request of more than %d bytes" % _LINE_BYTES})
+            self._flush()
+            self.close()
+
+    def _take(self, line: bytes) -> None:
+        request: "Any" = None
+        try:
+            request = json.loads(line)
+            action = getattr(self, "_do_" + str(request["do"]), None)
+            if action is None:
+                raise Refused("unknown", "there is no request %r" % request["do"])
+            answer = action(request)
+            if answer is not None:
+                answer["re"] = request.get("id")
+                self._tell(answer)
+        except Exception as error:
+            self._tell(dict(failure(error), re=request.get("id") if isinstance(request, dict) else None))
+
+    def _tell(self, message: "Dict[str, Any]") -> None:
+        self._send(json.dumps(message).encode("ascii") + b"\n")
+
+    def _send(self, *buffers: bytes) -> None:
+        """Write, or keep what the client does not take now."""
+        if self._closed:
+            return
+        self._out += buffers
+        self._held += sum(map(len, buffers))
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._out:
+                sent = self._sock.sendmsg(self._out[:64])
+                self._held -= sent
+                while sent:
+                    first = self._out[0]
+                    if len(first) <= sent:
+                        sent -= len(self._out.pop(0))
+                    else:
+                        self._out[0] = first[sent:]
+                        sent = 0
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+            return
+        events = READ | WRITE if self._out else READ
+        if events != self._events:
+            self._events = events
+            self._server.loop.watch(self._sock.fileno(), self._ready, events)
+        if not self._out and (self._changed or self._watching is not None):
+            self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        if not self._pumping and not self._closed:
+            self._pumping = True
+            self._server.loop.later(0, self._pump)
+
+    def _pump(self) -> None:
+        """Tell what has changed, and send output, as long as the client keeps up."""
+        self._pumping = False
+        if self._closed or self._out:
+            return
+        while self._changed:
+            job = self._server.find({"job": self._changed.pop()})
+            self._tell({"job": about(job)})
+            if job.over and job.process.done.is_set():
+                self._unfollow(job.id)
+        if self._watching is not None and not self._out:
+            self._watching.pump()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._server.loop.unwatch(self._sock.fileno())
+        self._sock.close()
+        for id in list(self._followed):
+            self._unfollow(id)
+        if self._watching is not None:
+            self._watching.close()
+        self._out.clear()
+        self._server.left(self)
+
+    # requests
+
+    def _do_hello(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        return {"protocol": PROTOCOL, "pid": os.getpid(), "state_dir": self._jobs.state_dir}
+
+    def _do_start(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        if self._server.ending:
+            raise Refused("ending", "the server is shutting down")
+        owner, most = request.get("owner", ""), request.get("max_running")
+        key = request.get("key", "")
+        if most is not None and self._server.running(owner) >= most and not self._jobs.started(owner, key):
+            raise Refused("quota", "you have %d jobs running, which is as many as you may" % most)
+        id = self._jobs.start(
+            request["command"], request.get("args", ()), env=request.get("env"), cwd=request.get("cwd") or None,
+            limits=request.get("limits"), owner=owner, label=request.get("label", ""), key=key,
+        )  # fmt: skip
+        return {"job": about(self._jobs.job(id))}
+
+    def _do_status(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        return {"job": about(self._server.find(request))}
+
+    def _do_signal(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        job = self._server.find(request)
+        number = request["signal"]
+        if isinstance(number, bool) or not isinstance(number, int) or number not in _signals():
+            raise Refused("value", "there is no signal %r" % number)
+        self._jobs.signal(job.id, number)
+        return {"job": about(job)}
+
+    def _do_forget(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        job = self._server.find(request)
+        told = about(job)
+        self._jobs.forget(job.id)
+        self._server.quiet()
+        return {"job": told}
+
+    def _do_stop(self, request: "Dict[str, Any]") -> None:
+        job = self._server.find(request)
+        self._jobs.begin_stop(job.id, request.get("grace", True))
+        self._server.when_final(job, lambda: self._tell({"re": request.get("id"), "job": about(job)}))
+
+    def _do_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        states, after, limit = request.get("states"), request.get("after"), request.get("limit", 1000)
+        found = []
+        for job in self._jobs.jobs(request.get("owner")):
+            if after is not None and [job.about["created"], job.id] <= list(after):
+                continue
+            if states and job.process.status().state not in states:
+                continue
+            if len(found) == limit:
+                return {"jobs": found, "more": True}
+            found.append(about(job))
+        return {"jobs": found, "more": False}
+
+    def _do_follow(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        job = self._server.find(request)
+        if not (job.over and job.process.done.is_set()) and job.id not in self._followed:
+            self._followed[job.id] = self._jobs.subscribe(job.id, lambda: self._has_changed(job.id))
+        return {"job": about(job)}
+
+    def _do_unfollow(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        self._unfollow(str(request["job"]))
+        return {}
+
+    def _unfollow(self, id: str) -> None:
+        self._changed.discard(id)
+        end = self._followed.pop(id, None)
+        if end is not None:
+            end()
+
+    def _has_changed(self, id: str) -> None:
+        self._changed.add(id)
+        if not self._out:
+            self._pump_soon()
+
+    def _do_watch(self, request: "Dict[str, Any]") -> None:
+        job = self._server.find(request)
+        if self._watching is not None:
+            raise Refused("value", "this connection watches a job already")
+        offset = request.get("from", 0)
+        if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0 or (job.over and offset > job.log.end):
+            raise Refused("offset", "the output has %d bytes, there is no offset %r" % (job.log.end, offset))
+        self._watching = Watching(self, job, request)
+        self._watching.unsubscribe = self._jobs.subscribe(job.id, self._pump_soon)
+        self._pump_soon()
+
+    def _do_shutdown(self, request: "Dict[str, Any]") -> None:
+        self._server.end(request.get("grace", True), lambda: self._tell({"re": request.get("id")}))
+
+    def watched(self, request: "Dict[str, Any]", job: Job) -> None:
+        """The output is at its end."""
+        self._watching = None
+        self._tell({"re": request.get("id"), "job": about(job)})
+
+
+class Watching:
+    """The output of one job on its way to one client."""
+
+    def __init__(self, connection: Connection, job: Job, request: "Dict[str, Any]") -> None:
+        self._connection, self._job, self._request = connection, job, request
+        self._reader = Reader(job.log, request.get("from", 0))
+        self._streams = request.get("streams") or (1, 2)
+        self.unsubscribe: "Callable[[], None]" = lambda: None
+
+    def pump(self) -> None:
+        """Send one piece, or the end."""
+        over = self._job.over or not self._request.get("wait", True)
+        piece = self._reader.next()
+        if piece is not None:
+            if piece.gap or piece.stream in self._streams:
+                head = [piece.stream, piece.offset, piece.time, len(piece.data), piece.gap]
+                line = json.dumps({"piece": head}).encode("ascii") + b"\n"
+                self._connection._send(*((line, piece.data) if piece.data else (line,)))
+            self._connection._pump_soon()
+        elif over:
+            self.close()
+            self._connection.watched(self._request, self._job)
+
+    def close(self) -> None:
+        self.unsubscribe()
+        self._reader.close()
+
+
+def failure(error: BaseException) -> "Dict[str, Any]":
+    """What a client is told of *error*."""
+    if isinstance(error, Refused):
+        return {"error": error.code, "text": str(error)}
+    if isinstance(error, NoSuchJob):
+        return {"error": "no-job", "text": NO_SUCH_JOB}
+    if isinstance(error, LimitError):
+        return {"error": "limit", "text": str(error)}
+    if isinstance(error, JobError):
+        return {"error": "state", "text": str(error)}
+    if isinstance(error, OSError):
+        code = "quota" if error.errno in SCARCE else "os"
+        return {"error": code, "text": str(error), "errno": error.errno or 0}
+    return {"error": "value", "text": "%s" % error if isinstance(error, ValueError) else "%s: %s" % (type(error).__name__, error)}
+
+
+def _signals() -> "Set[int]":
+    return {int(each) for each in signal.valid_signals()}
+
+
+class JobServer:
+    """The supervisor of *state_dir* and its socket. `serve` returns when it is over. Raises `OSError`."""
+
+    def __init__(self, state_dir: str, lock: int, **options: "Any") -> None:
+        self._lock = lock
+        self.jobs = Supervisor(state_dir, **options)
+        self.loop = self.jobs.loop
+        self._connections: "Set[Connection]" = set()
+        self.ending = False
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._at = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        path = short_path(self._at, state_dir)
+        try:
+            os.unlink(os.path.join(state_dir, SOCKET))
+        except FileNotFoundError:
+            pass
+        before = os.umask(0o177)
+        try:
+            self._listener.bind(path)
+        finally:
+            os.umask(before)
+        self._listener.listen(512)
+        self._listener.setblocking(False)
+        self.loop.watch(self._listener.fileno(), self._accept)
+        for job in self.jobs.jobs():
+            self._notice_end(job)
+
+    def find(self, request: "Dict[str, Any]") -> Job:
+        """The job that a request names, if it is its owner's. Raises `NoSuchJob`."""
+        id, owner = request.get("job"), request.get("owner")
+        job = self.jobs.job(id if isinstance(id, str) else "")
+        if owner is not None and job.about["owner"] != owner:
+            raise NoSuchJob(NO_SUCH_JOB)
+        return job
+
+    def running(self, owner: str) -> int:
+        return sum(not job.exited for job in self.jobs.jobs(owner))
+
+    def when_final(self, job: Job, action: "Callable[[], None]") -> None:
+        """Call *action* once when the job's end is known, now if it is."""
+        if job.process.done.is_set():
+            action()
+            return
+
+        def look() -> None:
+            if job.process.done.is_set():
+                unsubscribe()
+                action()
+
+        unsubscribe = self.jobs.subscribe(job.id, look)
+
+    def _notice_end(self, job: Job) -> None:
+        self.when_final(job, self.quiet)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        if hasattr(socket, "SO_PEERCRED"):
+            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if uid != os.geteuid():
+                sock.close()
+                return
+        self._connections.add(Connection(self, sock))
+
+    def left(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self.quiet()
+
+    def quiet(self) -> None:
+        """Perhaps nobody is there any more, and nothing runs."""
+        if not self._connections:
+            self.loop.later(_LINGER_S, self._end_if_idle)
+
+    def _end_if_idle(self) -> None:
+        running = [job for job in self.jobs.jobs() if not (job.over and job.process.done.is_set())]
+        if not self._connections and not self.loop.closed:
+            if not running:
+                self.loop.stop()
+            elif len(running) <= 16:  # see to the end of the last ones
+                for job in running:
+                    self._notice_end(job)
+
+    def end(self, grace: "Any", then: "Callable[[], None]") -> None:
+        """Stop all jobs, call *then* when they are over, and end."""
+        self.ending = True
+        running = [job for job in self.jobs.jobs() if not (job.over and job.process.done.is_set())]
+        for job in running:
+            self.jobs.begin_stop(job.id, grace)
+
+        def look() -> None:
+            if not self.loop.closed and all(job.over and job.process.done.is_set() for job in running):
+                then()
+                self.loop.later(0, self.loop.stop)
+
+        for job in running:
+            self.jobs.subscribe(job.id, look)
+        look()
+
+    def serve(self) -> None:
+        self.quiet()
+        self.jobs.run()
+        try:  # first: who comes now starts another server, and waits for the lock
+            os.unlink(os.path.join(self.jobs.state_dir, SOCKET))
+        except OSError:
+            pass
+        self._listener.close()
+        for connection in list(self._connections):
+            connection.close()
+        empty = not self.jobs.jobs()
+        self.jobs.close()
+        if empty:
+            for name in (LOG, LOCK):
+                try:
+                    os.unlink(os.path.join(self.jobs.state_dir, name))
+                except OSError:
+                    pass
+            jobstate.remove_all(self.jobs.state_dir)
+
+
+def short_path(at: int, state_dir: str) -> str:
+    """The socket's path, by the descriptor *at* of its directory where the path itself is too long for an address."""
+    path = os.path.join(state_dir, SOCKET)
+    return path if len(os.fsencode(path)) < 100 else "/proc/self/fd/%d/%s" % (at, SOCKET)
+
+
+def lock_of(state_dir: str) -> int:
+    """A descriptor that holds the directory's lock, or -1 while another process serves it. Raises `OSError`."""
+    import fcntl
+
+    while True:
+        fd = os.open(os.path.join(state_dir, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_ino == os.stat(os.path.join(state_dir, LOCK)).st_ino:
+                return fd
+        except FileNotFoundError:
+            pass  # the last server of an empty directory has removed it: another one is made
+        except BlockingIOError:
+            os.close(fd)
+            return -1
+        os.close(fd)
+
+
+def main(options: "Dict[str, Any]") -> None:
+    """The server's life, in its own session, with nobody's streams. Says on descriptor 1 how it went; never returns."""
+    status = 1
+    try:
+        state_dir = os.path.abspath(options["state_dir"])
+        os.makedirs(state_dir, 0o700, exist_ok=True)
+        os.chmod(state_dir, 0o700)
+        lock = lock_of(state_dir)
+        if lock < 0:
+            os.write(1, b'{"error": "locked"}\n')
+            os._exit(0)
+        log = os.open(os.path.join(state_dir, LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        os.ftruncate(log, 0)
+        os.dup2(log, 2)
+        server = JobServer(state_dir, lock, **options.get("supervisor", {}))
+        signal.signal(signal.SIGTERM, lambda number, frame: server.loop.later(0, lambda: server.end(True, lambda: None)))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.write(1, b'{"pid": %d}\n' % os.getpid())
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, 0)
+        os.dup2(nothing, 1)
+        os.close(nothing)
+        server.serve()
+        status = 0
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        try:
+            os.write(1, json.dumps({"error": "start", "text": "%s: %s" % (type(error).__name__, error)}).encode("ascii") + b"\n")
+        except OSError:
+            pass
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
