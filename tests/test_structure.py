@@ -173,7 +173,7 @@ def test_modules_say_what_they_are_for(path):
 
 PUBLIC = [
     "AgentDidNotStart", "AuthenticationFailed", "BootstrapError", "CertificateError", "ClusterError", "CommandLink", "DeployedServer", "ForwardingRefused", "ForwardingRefusedWarning",
-    "HostError", "HostKeyError", "HostKeyMismatch", "HostKeyUnknown", "HostUnreachable", "LinkLost", "MapError", "MultiServerDeployment", "NoSpace", "NotShippable", "Payload", "PayloadError",
+    "HostError", "HostKeyError", "HostKeyMismatch", "HostKeyUnknown", "HostUnreachable", "JobError", "JobsUnavailable", "LinkLost", "MapError", "MultiServerDeployment", "NoSpace", "NoSuchJob", "NotShippable", "Payload", "PayloadError",
     "ProtocolError", "PythonNotFound", "PythonTooOld", "RemoteCallError", "ServerInfo", "TempDirUnusable", "UsageError", "WorkerDied",
     "ZeroDeployError",
 ]  # fmt: skip

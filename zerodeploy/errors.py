@@ -24,6 +24,9 @@
      |   +- NotShippable           a function or value that can't travel, and the way out
      +- ClusterError               hosts of a MultiServerDeployment did not start, each with its own cause
      +- CertificateError           a certificate that can't be made
+     +- JobError                   a job can't be started, or what was asked of it makes no sense now
+     |   +- NoSuchJob (also LookupError)
+     |   +- JobsUnavailable        the jobs server, or a host's supervisor, can't be reached
      +- MapError                   items of a map that have no value
      +- UsageError (also ValueError)  an argument that makes no sense
 
@@ -48,9 +51,12 @@ __all__ = [
     "HostKeyMismatch",
     "HostKeyUnknown",
     "HostUnreachable",
+    "JobError",
+    "JobsUnavailable",
     "LinkLost",
     "MapError",
     "NoSpace",
+    "NoSuchJob",
     "NotShippable",
     "PayloadError",
     "ProtocolError",
@@ -104,6 +110,24 @@ class MapError(ZeroDeployError):
 
 class CertificateError(ZeroDeployError):
     """A certificate can't be made: the authority is not there, does not fit or has expired; a file is in the way."""
+
+
+class JobError(ZeroDeployError):
+    """A job can't be started, a limit can't be enforced, or what was asked of a job makes no sense now: the text says which.
+
+    ``code`` is gRPC's name for it, such as ``FAILED_PRECONDITION``; ``errno`` that of a command that can't be started, or 0.
+    """
+
+    code: str = ""
+    errno: int = 0
+
+
+class NoSuchJob(JobError, LookupError):
+    """There is no such job, or it is somebody else's."""
+
+
+class JobsUnavailable(JobError):
+    """Nobody answers for the jobs: no server there, TLS failed, or the connection broke. Jobs are not touched by that."""
 
 
 class UsageError(ZeroDeployError, ValueError):

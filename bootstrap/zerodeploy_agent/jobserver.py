@@ -18,7 +18,6 @@ import struct
 import sys
 
 from . import jobstate
-from .foundprocess import Found
 from .limits import LimitError
 from .loop import READ, WRITE
 from .outputlog import Reader
@@ -183,6 +182,17 @@ class Connection:
         if self._watching is not None and not self._out:
             self._watching.pump()
 
+    def finish(self) -> None:
+        """The last words, then the end: the client has a second for them."""
+        try:
+            self._sock.settimeout(1.0)
+            for id in self._changed:
+                self._out.append(json.dumps({"job": about(self._jobs.job(id))}).encode("ascii") + b"\n")
+            self._sock.sendall(b"".join(self._out))
+        except (OSError, JobError):
+            pass
+        self.close()
+
     def close(self) -> None:
         if self._closed:
             return
@@ -208,10 +218,16 @@ class Connection:
         key = request.get("key", "")
         if most is not None and self._server.running(owner) >= most and not self._jobs.started(owner, key):
             raise Refused("quota", "you have %d jobs running, which is as many as you may" % most)
-        id = self._jobs.start(
-            request["command"], request.get("args", ()), env=request.get("env"), cwd=request.get("cwd") or None,
-            limits=request.get("limits"), owner=owner, label=request.get("label", ""), key=key,
-        )  # fmt: skip
+        limits = request.get("limits")
+        try:
+            id = self._jobs.start(
+                request["command"], request.get("args", ()), env=request.get("env"), cwd=request.get("cwd") or None,
+                limits=limits, owner=owner, label=request.get("label", ""), key=key,
+            )  # fmt: skip
+        except OSError as error:
+            if limits and error.errno == errno.ENOMEM:  # its own limit was too small to begin with
+                raise Refused("os", str(error), errno.ENOMEM) from None
+            raise
         return {"job": about(self._jobs.job(id))}
 
     def _do_status(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -239,7 +255,7 @@ class Connection:
 
     def _do_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         states, after, limit = request.get("states"), request.get("after"), request.get("limit", 1000)
-        found = []
+        found: "List[Dict[str, Any]]" = []
         for job in self._jobs.jobs(request.get("owner")):
             if after is not None and [job.about["created"], job.id] <= list(after):
                 continue
@@ -448,7 +464,7 @@ class JobServer:
             pass
         self._listener.close()
         for connection in list(self._connections):
-            connection.close()
+            connection.finish()
         empty = not self.jobs.jobs()
         self.jobs.close()
         if empty:

@@ -104,5 +104,5 @@ def _check(limit: str, value: float) -> None:
 
 def whole_number(limit: str, value: object) -> None:
     """Raises `LimitError` for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise LimitError("the limit %s is a whole number above 0, not %r" % (limit, value))
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 63:
+        raise LimitError("the limit %s is a whole number above 0 and below 2**63, not %r" % (limit, value))

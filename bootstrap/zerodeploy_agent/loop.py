@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Callable, Dict, List, Optional, Tuple
 
+_LONGEST_S = 86400.0  # what select(2) and its kin take has a limit
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
@@ -66,7 +67,9 @@ class Loop:
     def once(self) -> None:
         """Sleep until something happens, and see to all of it."""
         with self._lock:
-            wait: "Optional[float]" = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+            wait: "Optional[float]" = None
+            if self._timers:
+                wait = min(max(0.0, self._timers[0][0] - time.monotonic()), _LONGEST_S)
         for key, _ in self._selector.select(wait):
             if key.fd == self._wake_read:
                 os.read(self._wake_read, 4096)

@@ -19,7 +19,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Dict, Mapping, Optional, Sequence
 
-__all__ = ["EXITED", "FAILED", "FINAL", "INITIAL", "LOST", "RUNNING", "SIGNALED", "STOPPING", "LimitError", "Process", "Status", "pidfd_open"]
+__all__ = [
+    "EXITED",
+    "FAILED",
+    "FINAL",
+    "INITIAL",
+    "LOST",
+    "RUNNING",
+    "SIGNALED",
+    "STOPPING",
+    "LimitError",
+    "Process",
+    "Status",
+    "pidfd_open",
+]
 
 INITIAL, RUNNING, STOPPING, EXITED, SIGNALED, FAILED, LOST = (
     "initial",
@@ -112,8 +125,10 @@ class Process:
                 self.argv, stdin=subprocess.DEVNULL, stdout=self._outputs[0], stderr=self._outputs[1], env=self._env, cwd=self._cwd,
                 start_new_session=True, preexec_fn=self.limits.preexec, executable=self._found(),
             )  # fmt: skip
-        except BaseException:
+        except BaseException as error:
             self.limits.remove()
+            if isinstance(error, subprocess.SubprocessError):  # of what the child does before it becomes the command
+                raise LimitError("the limits can't be set") from None
             raise
         self.limits.started()
         self._env = None

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from zerodeploy.errors import HostError, LinkLost, RemoteCallError, UsageError, ZeroDeployError
+from zerodeploy.errors import HostError, JobError, JobsUnavailable, LinkLost, RemoteCallError, UsageError, ZeroDeployError
 
 __all__ = [
     "EXIT", "Context", "HostCommand", "deployment", "errors_told", "interpreter_of", "json_text", "modules_of", "options_of",
@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 #: exit statuses, besides the remote command's own
-EXIT = {"remote exception": 1, "usage": 2, "timeout": 124, "not executable": 126, "not found": 127, "interrupted": 130, "reader gone": 141,
+EXIT = {"remote exception": 1, "refused": 1, "usage": 2, "timeout": 124, "not executable": 126, "not found": 127, "interrupted": 130, "reader gone": 141,
         "login or link": 255}  # fmt: skip
 
 
@@ -222,6 +222,9 @@ def errors_told(settings: Context) -> Iterator[None]:
     except UsageError as error:
         tell_error(settings, error)
         sys.exit(EXIT["usage"])
+    except JobError as error:
+        tell_error(settings, error)
+        sys.exit(EXIT["login or link" if isinstance(error, JobsUnavailable) else "refused"])
     except (HostError, LinkLost) as error:
         tell_error(settings, error)
         sys.exit(EXIT["login or link"])
@@ -256,7 +259,8 @@ def tell_error(settings: Context, error: BaseException, type_name: str = "", tra
     elif trace:
         click.echo(trace.rstrip(), err=True)
     else:
-        click.echo(f"zerodeploy: {error}", err=True)
+        context = click.get_current_context(silent=True)
+        click.echo(f"{(context and context.find_root().info_name) or 'zerodeploy'}: {error}", err=True)
 
 
 def json_text(value: object) -> str:

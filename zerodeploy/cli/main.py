@@ -7,17 +7,26 @@ from typing import Any
 
 from zerodeploy.cli import stopping
 
-__all__ = ["main"]
+__all__ = ["gproc", "main"]
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Run the command line and exit with its status. With *argv* the process is not ours: its signals stay as they are."""
+    """Run ``zerodeploy`` and exit with its status. With *argv* the process is not ours: its signals stay as they are."""
+    _main("zerodeploy", argv)
+
+
+def gproc(argv: list[str] | None = None) -> Any:
+    """Run ``gproc``, likewise."""
+    _main("gproc", argv)
+
+
+def _main(program: str, argv: list[str] | None) -> Any:
     status: Any = 0
     try:
         if argv is None:
             stopping.mended_streams()
             stopping.arm()
-        status = _run(argv)
+        status = _run(program, argv)
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
         status = getattr(stop, "status", 130)
@@ -27,22 +36,25 @@ def main(argv: list[str] | None = None) -> Any:
     sys.exit(status)
 
 
-def _run(argv: list[str] | None) -> Any:
+def _run(program: str, argv: list[str] | None) -> Any:
     import warnings
 
     import click
 
-    from zerodeploy.cli.commands import cli
+    if program == "gproc":
+        from zerodeploy.cli.gproc import gproc as cli
+    else:
+        from zerodeploy.cli.commands import cli
     from zerodeploy.cli.common import Context
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # remote text may hold what this terminal can't show
     if argv is None:
-        warnings.showwarning = lambda message, *_: click.echo(f"zerodeploy: {message}", err=True)  # without our source line
+        warnings.showwarning = lambda message, *_: click.echo(f"{program}: {message}", err=True)  # without our source line
     try:
         # click returns the status of --help and --version instead of exiting with it
-        return cli.main(args=argv, prog_name="zerodeploy", obj=Context(), standalone_mode=False)
+        return cli.main(args=argv, prog_name=program, obj=Context(), standalone_mode=False)
     except click.exceptions.Abort as error:  # what click makes of Ctrl-C
         cause = error.__cause__
         raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
