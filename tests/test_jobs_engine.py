@@ -430,7 +430,7 @@ def test_a_recycled_pid_is_never_signalled(tmp_path):
         other.wait()
         other = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     try:
-        path = Path(job.folder + ".job")
+        path = tmp_path / "state" / "jobs" / "journal"
         state = json.loads(path.read_text())
         jobs.stop(id)
         jobs.close()
@@ -455,7 +455,9 @@ def test_damaged_state_is_one_job_less(tmp_path, damage):
     for id in ids:
         ended(jobs, id)
     jobs.close()
-    (tmp_path / "state" / "jobs" / (ids[0] + ".job")).write_text(damage)
+    journal = tmp_path / "state" / "jobs" / "journal"
+    lines = [line for line in journal.read_text().splitlines() if ids[0] not in line]
+    journal.write_text("\n".join([damage.replace("{", '{"id": "%s", ' % ids[0], 1), *lines]) + "\n")
     (tmp_path / "state" / "jobs" / "stray").write_text("")
     again = Supervisor(str(tmp_path / "state"))
     assert [job.id for job in again.jobs()] == [ids[1]] and output_of(again, ids[1]) == b"1\n"

@@ -10,6 +10,7 @@ when nobody is connected and nothing runs, and is started again by the next who 
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -457,6 +458,8 @@ class JobServer:
 
     def serve(self) -> None:
         self.quiet()
+        gc.freeze()  # what is there now stays; requests and jobs leave little that only the collector finds
+        gc.set_threshold(20000, 20, 20)
         self.jobs.run()
         try:  # first: who comes now starts another server, and waits for the lock
             os.unlink(os.path.join(self.jobs.state_dir, SOCKET))

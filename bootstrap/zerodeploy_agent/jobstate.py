@@ -1,7 +1,8 @@
-"""What is kept of a job on disk, beside its output: a file of JSON lines, the last whole one counts.
+"""What is kept of all jobs on disk, beside their output: one journal, a line of JSON for each that was started or has ended.
 
-``ID.job`` gets a line when the job was started and one when it is over. It is only ever appended to, so a crash at any
-moment leaves the line before; no fsync, since after a power loss nothing that ran is there any more.
+It is only ever appended to, so a crash at any moment leaves the lines before, and a line that is not whole counts for nothing.
+No fsync: after a power loss nothing that ran is there any more. When it has grown to twice its size it is written anew, to a
+file beside it that takes its place.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 
 from .foundprocess import Ended, Found, boot_id
@@ -17,63 +19,113 @@ from .processes import LOST, RUNNING, STOPPING, Status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, List, Optional
+    from typing import Any, Callable, Dict, List, Optional
 
     from .supervisor import Job
 
+JOURNAL = "journal"
 _ID = re.compile("[0-9a-f]{32}")
+_SMALL_BYTES = 1 << 20  # a journal up to that size is not worth writing anew
 
 
-def save(job: Job) -> None:
-    """Raises `OSError`."""
-    state: "Dict[str, Any]" = {"status": job.process.status().as_dict()}
-    path = job.folder + ".job"
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
-    if state["status"]["ended"] is None and not os.path.exists(path):
+class Journal:
+    """The journal of the jobs in *folder*. One process at a time writes to it, in any thread. *jobs* gives all that count."""
+
+    def __init__(self, folder: str, jobs: "Callable[[], List[Job]]") -> None:
+        self._folder, self._jobs = folder, jobs
+        self._path = os.path.join(folder, JOURNAL)
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._size = self._last_size = 0  # now, and when it was last written anew
+
+    def load(self) -> "List[Job]":
+        """All jobs that are known, the oldest first. What is no job is left out."""
+        states: "Dict[str, Dict[str, Any]]" = {}
+        try:
+            with open(self._path, "rb") as file:
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            return []
+        for line in lines[:-1]:
+            try:
+                told = json.loads(line)
+                id = told.pop("id")
+                if told.get("gone"):
+                    states.pop(id, None)
+                elif _ID.fullmatch(id):
+                    states.setdefault(id, {}).update(told)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+        found = [job for job in (_job(os.path.join(self._folder, id), state) for id, state in states.items()) if job is not None]
+        found.sort(key=lambda job: (job.about["created"], job.id))
+        self._write_anew(found)
+        return found
+
+    def save(self, job: Job, *, started: bool = False) -> None:
+        """Raises `OSError`; then nothing was written."""
+        line = _line(job, started=started)
+        with self._lock:
+            self._append(line)
+            due = self._size > 2 * self._last_size + _SMALL_BYTES
+        if due:
+            jobs = self._jobs()
+            with self._lock:
+                self._write_anew([*jobs, job] if started else jobs)
+
+    def _append(self, line: bytes) -> None:
+        if self._fd < 0:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        size = os.fstat(self._fd).st_size
+        written = os.write(self._fd, line)
+        if written < len(line):
+            os.ftruncate(self._fd, size)
+            raise OSError(28, os.strerror(28), self._path)
+        self._size = size + written
+
+    def forget(self, id: str) -> None:
+        """The job, and its output. Without room for that line it may be known again after a restart."""
+        with self._lock:
+            try:
+                self._append(json.dumps({"id": id, "gone": True}).encode("ascii") + b"\n")
+            except OSError:
+                pass
+        remove_output(os.path.join(self._folder, id))
+
+    def _write_anew(self, jobs: "List[Job]") -> None:
+        try:
+            fd = os.open(self._path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                view = memoryview(b"".join(_line(job, started=True) for job in jobs))
+                self._last_size = len(view)
+                while view:
+                    view = view[os.write(fd, view) :]
+            finally:
+                os.close(fd)
+            os.replace(self._path + ".new", self._path)
+        except OSError:
+            return  # no room: the old one is as good
+        self.close()
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _line(job: Job, *, started: bool) -> bytes:
+    state: "Dict[str, Any]" = {"id": job.id, "status": job.process.status().as_dict()}
+    if started:
         state["about"] = job.about
-        flags |= os.O_CREAT | os.O_EXCL
     if job.log.end:
         state["counts"] = {str(stream): count for stream, count in job.log.counts.items()}
         state["dropped"], state["dropped_at"] = job.log.dropped, job.log.dropped_at
-    line = (json.dumps(state) + "\n").encode("ascii")
-    fd = os.open(path, flags, 0o600)
-    try:
-        size = os.fstat(fd).st_size
-        if os.write(fd, line) < len(line):
-            os.ftruncate(fd, size)
-            raise OSError(28, os.strerror(28), path)
-    finally:
-        os.close(fd)
+    return json.dumps(state).encode("ascii") + b"\n"
 
 
-def _read(path: str) -> "Dict[str, Any]":
-    """The state, of all whole lines: what a later one says counts."""
-    state: "Dict[str, Any]" = {}
-    with open(path, "rb") as file:
-        for line in file.read().split(b"\n")[:-1]:
-            try:
-                state.update(json.loads(line))
-            except (ValueError, TypeError):
-                break
-    return state
-
-
-def load_all(folder: str) -> "List[Job]":
-    """All jobs that are known in *folder*, the oldest first. What is no job is left alone."""
-    found = []
-    for name in os.listdir(folder):
-        if name.endswith(".job") and _ID.match(name) and len(name) == 36:
-            job = _load(os.path.join(folder, name[:-4]))
-            if job is not None:
-                found.append(job)
-    return sorted(found, key=lambda job: (job.about["created"], job.id))
-
-
-def _load(path: str) -> "Optional[Job]":
+def _job(path: str, state: "Dict[str, Any]") -> "Optional[Job]":
     from .supervisor import Job
 
     try:
-        state = _read(path + ".job")
         status = Status(**state["status"])
         about = dict(state["about"])
         about["owner"] + "", about["command"] + "", about["created"] + 0.0, about["start"] + "", status.pid + 0
@@ -82,7 +134,7 @@ def _load(path: str) -> "Optional[Job]":
         if "counts" in state:
             log.counts = {int(stream): int(count) for stream, count in state["counts"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # a job that was never announced, or none
+        return None
     log.let_go()
     if not status.final and about.get("boot") != boot_id():
         status.state, status.ended = LOST, status.ended or time.time()
@@ -92,15 +144,15 @@ def _load(path: str) -> "Optional[Job]":
     return Job(os.path.basename(path), path, about, process, log)
 
 
-def remove(path: str) -> None:
-    """The job whose output is in the directory *path*, and its state."""
-    for name in (path + ".job", *(os.path.join(path, each) for each in ("output", "index"))):
+def remove_output(folder: str) -> None:
+    """The directory of a job's output."""
+    for name in ("output", "index"):
         try:
-            os.unlink(name)
+            os.unlink(os.path.join(folder, name))
         except OSError:
             pass
     try:
-        os.rmdir(path)
+        os.rmdir(folder)
     except OSError:
         pass
 
@@ -113,8 +165,10 @@ def remove_all(state_dir: str) -> None:
     except OSError:
         names = []
     for name in names:
-        if _ID.match(name):
-            remove(os.path.join(folder, name[:32]))
+        if _ID.fullmatch(name):
+            remove_output(os.path.join(folder, name))
+        elif name in (JOURNAL, JOURNAL + ".new"):
+            os.unlink(os.path.join(folder, name))
     for path in (folder, state_dir):
         try:
             os.rmdir(path)

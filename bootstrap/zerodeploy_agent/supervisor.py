@@ -106,7 +106,8 @@ class Supervisor:
         self._thread: "Optional[threading.Thread]" = None
         self._running = threading.Lock()
         self._starting = threading.Lock()  # of jobs with a key
-        for job in jobstate.load_all(self._folder):
+        self._journal = jobstate.Journal(self._folder, self.jobs)
+        for job in self._journal.load():
             self._add(job)
             if job.process.look():
                 job.exited = job.over = True
@@ -167,14 +168,14 @@ class Supervisor:
             os.set_blocking(fd, False)
             job.pipes[fd] = stream
         try:
-            jobstate.save(job)
+            self._journal.save(job, started=True)
         except OSError:  # without its state it could not be found again
             process.signal(9)
             process.wait()
             enforced.remove()
             for fd in job.pipes:
                 os.close(fd)
-            jobstate.remove(job.folder)
+            jobstate.remove_output(job.folder)
             raise
         self._add(job)
         for fd, stream in list(job.pipes.items()):  # the first may be at its end before the second is watched
@@ -305,7 +306,7 @@ class Supervisor:
         with self._lock:
             self._jobs.pop(id, None)
             self._keys.pop((job.about["owner"], job.about.get("key", "")), None)
-        jobstate.remove(job.folder)
+        self._journal.forget(job.id)
 
     def run(self) -> None:
         """Serve in this thread until `close`. Without it the first call that needs one starts a thread."""
@@ -330,6 +331,7 @@ class Supervisor:
                     self._drop_pipe(job, fd)
                 job.log.let_go()
             self.loop.close()
+            self._journal.close()
             if self._cgroups is not None:
                 self._cgroups.close()
             if self._temporary:
@@ -424,7 +426,7 @@ class Supervisor:
 
     def _save_end(self, job: Job) -> None:
         try:
-            jobstate.save(job)
+            self._journal.save(job)
         except OSError:
             pass  # the next supervisor will call it lost
 
