@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from grpclib.config import Configuration
 from grpclib.const import Status
@@ -21,6 +21,7 @@ MOST_STREAMS = 4096
 MOST_REQUEST_BYTES = 4 << 20  # of one message, as grpc's own default
 _FRAME_BYTES = (1 << 20) + 4096  # what we take at once; a peer that takes less gets less (RFC 9113, SETTINGS_MAX_FRAME_SIZE)
 _BATCH_BYTES = 1 << 18
+_TOGETHER_BYTES = 1 << 15
 _WINDOW_BYTES = 8 << 20
 _WINDOWS: Any = {"http2_connection_window_size": _WINDOW_BYTES, "http2_stream_window_size": _WINDOW_BYTES // 2}
 #: the server has TCP find out who is gone (keepalive): a client that is stopped, and will go on, answers no ping
@@ -95,6 +96,36 @@ class _ClientConnection(_Connection):
     stream_class = _ClientStream
 
 
+class _Together:
+    """A transport that sends what is written in one turn of the loop as one: headers, message and trailers, mostly."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._pending: list[bytes] = []
+        self._size = 0
+        self._loop = asyncio.get_running_loop()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._pending:
+            self._loop.call_soon(self._flush)
+        self._pending.append(data)
+        self._size += len(data)
+        if self._size >= _TOGETHER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        pending, self._pending, self._size = self._pending, [], 0
+        if pending and not self._transport.is_closing():
+            self._transport.write(pending[0] if len(pending) == 1 else b"".join(pending))
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+
 class _Events(EventsProcessor):
     def process(self, event: Any) -> None:
         if type(event) in getattr(self, "processors", {}):  # RFC 9113 5.5: frames of unknown types are ignored
@@ -123,7 +154,7 @@ class Protocol(H2Protocol):
         h2.initiate_connection()
         h2.increment_flow_control_window(self.config.http2_connection_window_size - 65535)
         kind = _ClientConnection if self.h2_config.client_side else _Connection
-        self.connection = kind(h2, transport, config=self.config)
+        self.connection = kind(h2, cast(Any, _Together(transport)), config=self.config)
         self.connection.flush()
         self.connection.initialize()
         self.processor = _Events(self.handler, self.connection)
