@@ -71,6 +71,7 @@ class Connection:
     - ``start``: command, args, env, cwd, limits, owner, label, key, max_running. The job.
     - ``status``, ``signal`` (signal), ``forget``: job. The job as it is now.
     - ``stop``: job, grace (seconds; null: never kill; absent: as the server was told). The final status.
+    - ``wait``: job. The final status, when it is there.
     - ``list``: owner, states, after (the job behind which to go on), limit. ``jobs``, ``more``.
     - ``follow``: job. The job; from then on lines ``{"job": …}`` whenever it has changed, until it is over. ``unfollow``.
     - ``watch``: job, from, wait, streams. Lines ``{"piece": [stream, offset, time, length, gap]}``, each with so many bytes
@@ -252,6 +253,10 @@ class Connection:
     def _do_stop(self, request: "Dict[str, Any]") -> None:
         job = self._server.find(request)
         self._jobs.begin_stop(job.id, request.get("grace", True))
+        self._server.when_final(job, lambda: self._tell({"re": request.get("id"), "job": about(job)}))
+
+    def _do_wait(self, request: "Dict[str, Any]") -> None:
+        job = self._server.find(request)
         self._server.when_final(job, lambda: self._tell({"re": request.get("id"), "job": about(job)}))
 
     def _do_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":

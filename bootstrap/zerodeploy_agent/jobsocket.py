@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-from . import jobserver
+from . import jobserver, jobstate
 from .cleanup import MARK, RELEASED
 
 TYPE_CHECKING = False
@@ -70,6 +70,17 @@ def connect(state_dir: str, options: "Optional[Dict[str, Any]]" = None, *, relea
         if time.monotonic() > until:
             raise SupervisorError("another process holds %s/%s, and nobody answers" % (state_dir, jobserver.LOCK))
         time.sleep(_RETRY_S)  # it is just starting, or ending
+
+
+def users_dir() -> str:
+    """Where the user's own jobs are, which belong to no deployment (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(base, "zerodeploy", "jobs")
+
+
+def has_jobs(state_dir: str) -> bool:
+    """Whether a supervisor would find something there."""
+    return os.path.exists(os.path.join(state_dir, "jobs", jobstate.JOURNAL))
 
 
 def _hello(state_dir: str, timeout: float) -> "Tuple[socket.socket, Dict[str, Any]]":
@@ -133,6 +144,11 @@ def _source(module: str) -> str:
     """The module's source, from wherever it was loaded."""
     import importlib.util
 
+    for finder in sys.meta_path:
+        if hasattr(finder, "after_logging"):  # our own, on a host
+            text = finder.get_source(module)  # type: ignore[attr-defined]
+            if text is not None:
+                return str(text)
     spec = importlib.util.find_spec(module)
     source = spec.loader.get_source(module) if spec is not None and spec.loader is not None else None  # type: ignore[attr-defined]
     if source is None:

@@ -1,4 +1,9 @@
-"""Connections that this host makes for the client: bytes between a channel and a socket, with half-close."""
+"""Connections that this host makes for the client: bytes between a channel and a socket, with half-close.
+
+The host ``jobs:DIR`` is the supervisor of that state directory, which is started if there is none; ``jobs:`` the one of this
+deployment, which ends with it; ``jobs:~`` that of the user, which outlives it. ``jobs?DIR``: only one that is there, or has
+left something.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +28,12 @@ def connect(worker: Any, message: Any, channel: Channel) -> None:
     sock = None
     try:
         try:
-            sock = socket.create_connection((message.host, message.port), message.timeout)
-            sock.settimeout(None)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if message.host[:5] in ("jobs:", "jobs?"):
+                sock = _supervisor(worker, message.host)
+            else:
+                sock = socket.create_connection((message.host, message.port), message.timeout)
+                sock.settimeout(None)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             up = threading.Thread(target=_to_socket, args=(channel, sock), daemon=True)
             up.start()
         except Exception as error:  # names that are none raise UnicodeError, too
@@ -49,6 +57,28 @@ def connect(worker: Any, message: Any, channel: Channel) -> None:
             sock.close()
         channel.fail("closed")
         worker.channels.forget(channel.number)
+
+
+def install(packed: bytes) -> None:
+    """Take in the sources of the jobs' engine: zlib over JSON, path to text."""
+    import json
+    import sys
+    import zlib
+
+    files = json.loads(zlib.decompress(packed))
+    for finder in sys.meta_path:
+        if hasattr(finder, "after_logging"):  # our own
+            finder.files.update((name, text.encode()) for name, text in files.items())  # type: ignore[attr-defined]
+
+
+def _supervisor(worker: Any, name: str) -> Any:
+    from . import jobsocket
+
+    place = name[5:]
+    if not place:
+        return jobsocket.connect(worker.private_dir + "/jobs")[0]
+    folder = jobsocket.users_dir() if place == "~" else place
+    return jobsocket.connect(folder, released=True, start=name[4] == ":" or jobsocket.has_jobs(folder))[0]
 
 
 def _to_socket(channel: Channel, sock: Any) -> None:

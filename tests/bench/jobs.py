@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xmlrpc.client
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +58,11 @@ def call(channel: Any, name: str) -> Any:
     )  # fmt: skip
 
 
-OPTIONS = [("grpc.http2.max_frame_size", MIB), ("grpc.max_receive_message_length", 64 * MIB), ("grpc.http2.lookahead_bytes", 8 * MIB)]
+OPTIONS = [
+    ("grpc.http2.max_frame_size", MIB),
+    ("grpc.max_receive_message_length", 64 * MIB),
+    ("grpc.http2.lookahead_bytes", 8 * MIB),
+]
 
 
 async def drain(channel: Any, id: str) -> int:
@@ -139,7 +140,12 @@ if __name__ == "__main__":
         with server(folder) as (port, pid, state):
             for live in (False, True):
                 for watchers, size in ((1, 512 * MIB), (100, 8 * MIB)):
-                    print(live, watchers, [round(asyncio.run(throughput(folder, port, watchers, size, live)) / 1e6) for _ in range(3)], "MB/s")
+                    print(
+                        live,
+                        watchers,
+                        [round(asyncio.run(throughput(folder, port, watchers, size, live)) / 1e6) for _ in range(3)],
+                        "MB/s",
+                    )
             took = sorted(asyncio.run(first_bytes(folder, port, 200)))
             print("first byte p50 %.2f ms p95 %.2f" % (took[100] * 1e3, took[190] * 1e3))
             for _ in range(3):

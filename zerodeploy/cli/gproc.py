@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-import shlex
 import sys
 import threading
-import time
 from collections.abc import Callable, Coroutine
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import zerodeploy
-from zerodeploy.cli.common import Context, errors_told, options_of, say_json, write_all
+from zerodeploy.cli.common import Context, errors_told, options_of, write_all
+from zerodeploy.cli.jobtext import gap_text, job_options, limits_of, pairs_of, status_of, tell_id, tell_line, tell_status
 from zerodeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -114,16 +112,7 @@ def _run(context: click.Context, action: Callable[[JobsClient], Coroutine[Any, A
 @click.option(
     "-l", "--listen", "watch", is_flag=True, help="Watch the output: the id goes to standard error, the output where it belongs."
 )
-@click.option("-e", "--env", "pairs", multiple=True, metavar="NAME=VALUE", help="Added to the server's environment.")
-@click.option("--cwd", default="", metavar="DIR", help="The directory to run in.")
-@click.option("--label", default="", help="A name for people.")
-@click.option(
-    "--limit",
-    "limits",
-    multiple=True,
-    metavar="NAME=NUMBER",
-    help="memory_bytes, cpus, pids, io_bytes_per_s, open_files, cpu_seconds, wall_seconds or output_bytes.",
-)
+@job_options
 @click.option("--idempotency-key", default="", metavar="KEY", help="A second start with the same key gives the first job.")
 @click.argument("command", metavar="PROGRAM")
 @click.argument("arguments", nargs=-1, metavar="[ARG]...", type=click.UNPROCESSED)
@@ -137,10 +126,10 @@ def start(context: click.Context, /, watch: bool, pairs: tuple[str, ...], cwd: s
     """
 
     async def action(jobs: JobsClient) -> int | None:
-        status = await jobs.start(command, list(arguments), env=_pairs(pairs), cwd=cwd, limits=_limits(limits), label=label,
+        status = await jobs.start(command, list(arguments), env=pairs_of(pairs), cwd=cwd, limits=limits_of(limits), label=label,
                                   idempotency_key=idempotency_key)  # fmt: skip
         if not watch:
-            _tell(context, status, status.id)
+            tell_id(context, _plain(status))
             return None
         write_all(2, status.id.encode("ascii") + b"\n")
         await _watch(jobs, status.id)
@@ -149,36 +138,18 @@ def start(context: click.Context, /, watch: bool, pairs: tuple[str, ...], cwd: s
     _run(context, action)
 
 
-def _pairs(pairs: tuple[str, ...]) -> dict[str, str]:
-    found = dict(pair.split("=", 1) for pair in pairs if "=" in pair[1:])
-    if len(found) < len({pair.partition("=")[0] for pair in pairs}):
-        raise UsageError("--env is NAME=VALUE")
-    return found
-
-
-def _limits(limits: tuple[str, ...]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for text in limits:
-        name, _, value = text.partition("=")
-        try:
-            found[name] = float(value) if name == "cpus" else int(value)
-        except ValueError:
-            raise UsageError(f"--limit {text}: NAME=NUMBER is one") from None
-    return found
-
-
 async def _end_of(jobs: JobsClient, id: str) -> int:
     """The exit status of a job whose output has ended."""
     status = None
     async for status in jobs.watch_status(id):  # noqa: B007  the last one counts
         pass
     assert status is not None
-    if status.HasField("exit_code"):
-        return int(status.exit_code)
-    if status.HasField("signal"):
-        return 128 + int(status.signal)
-    click.echo(f"gproc: {status.error or 'nobody knows how the job ended'}", err=True)
-    return 1
+    shown = _plain(status)
+    code = status_of(shown)
+    if code is None:
+        click.echo(f"gproc: {shown['error'] or 'nobody knows how the job ended'}", err=True)
+        return 1
+    return code
 
 
 class _Out:
@@ -227,7 +198,7 @@ async def _watch(jobs: JobsClient, id: str, from_offset: int = 0, follow: bool =
     out = _Out()
     async for piece in jobs.output(id, from_offset=from_offset, follow=follow):
         if piece.gap_bytes:
-            await out.write(2, b"gproc: %d bytes of output were not kept (the job's quota)\n" % piece.gap_bytes)
+            await out.write(2, f"gproc: {gap_text(piece.gap_bytes)}\n".encode())
         else:
             await out.write(2 if piece.stream == 2 else 1, piece.data)
     await out.flush()
@@ -241,7 +212,7 @@ def status(context: click.Context, /, id: str) -> None:
     """Show the status of a job."""
 
     async def action(jobs: JobsClient) -> None:
-        _tell_status(context, await jobs.status(id))
+        tell_status(context, _plain(await jobs.status(id)))
 
     _run(context, action)
 
@@ -269,7 +240,7 @@ def stop(context: click.Context, /, grace: float | None, no_kill: bool, id: str)
     """Stop a job, SIGTERM to all its processes, and show its final status."""
 
     async def action(jobs: JobsClient) -> None:
-        _tell_status(context, await jobs.stop(id, grace=grace, kill=not no_kill))
+        tell_status(context, _plain(await jobs.stop(id, grace=grace, kill=not no_kill)))
 
     _run(context, action)
 
@@ -282,43 +253,19 @@ def list_(context: click.Context, /) -> None:
 
     async def action(jobs: JobsClient) -> None:
         async for job in jobs.list():
-            _tell(context, job, f"{job.id}  {_how(job):<22}  {_time(job.created)}  {shlex.join([job.command, *job.args])}")
+            tell_line(context, _plain(job))
 
     _run(context, action)
-
-
-def _tell(context: click.Context, job: Any, text: str) -> None:
-    if _json(context):
-        say_json(_plain(job))
-    else:
-        click.echo(text)
-
-
-def _json(context: click.Context) -> bool:
-    settings = context.find_object(Context)
-    return bool(settings and settings.json)
-
-
-def _how(job: Any) -> str:
-    if job.HasField("exit_code"):
-        return f"exited with {job.exit_code}"
-    if job.HasField("signal"):
-        return f"ended by signal {job.signal}"
-    return _STATES[job.state] if job.state < len(_STATES) else str(job.state)
 
 
 def _seconds(stamp: Any) -> float:
     return float(stamp.seconds) + float(stamp.nanos) / 1e9
 
 
-def _time(stamp: Any) -> str:
-    return datetime.fromtimestamp(_seconds(stamp)).strftime("%Y-%m-%d %H:%M:%S")
-
-
 def _plain(job: Any) -> dict[str, Any]:
-    """A JobStatus as JSON has it; times are seconds since 1970."""
+    """A JobStatus of the protocol as the other commands have it; times are seconds since 1970."""
     shown: dict[str, Any] = {
-        "id": job.id, "state": _STATES[job.state], "command": job.command, "args": list(job.args), "label": job.label,
+        "id": job.id, "state": _STATES[job.state] if job.state < len(_STATES) else str(job.state), "command": job.command, "args": list(job.args), "label": job.label,
         "owner": job.owner, "pid": job.pid, "exit_code": job.exit_code if job.HasField("exit_code") else None,
         "signal": job.signal if job.HasField("signal") else None, "core_dumped": job.core_dumped,
         "stopped_by_request": job.stopped_by_request, "error": job.error, "stdout_bytes": job.stdout_bytes,
@@ -328,21 +275,3 @@ def _plain(job: Any) -> dict[str, Any]:
         shown[name] = _seconds(getattr(job, name)) if job.HasField(name) else None
     shown["usage"] = {name: getattr(job.usage, name) for name in ("user_seconds", "system_seconds", "max_rss_bytes", "oom_killed")}
     return shown
-
-
-def _tell_status(context: click.Context, job: Any) -> None:
-    if _json(context):
-        say_json(_plain(job))
-        return
-    ended = _seconds(job.ended) if job.HasField("ended") else time.time()
-    rows = [
-        ("id", job.id), ("state", _STATES[job.state] + (", as asked" if job.stopped_by_request and job.HasField("ended") else "")),
-        ("exit code", str(job.exit_code) if job.HasField("exit_code") else ""),
-        ("signal", f"{job.signal}{', core dumped' if job.core_dumped else ''}" if job.HasField("signal") else ""),
-        ("error", job.error), ("command", shlex.join([job.command, *job.args])), ("label", job.label), ("pid", str(job.pid)),
-        ("started", f"{_time(job.started)}, {max(0.0, ended - _seconds(job.started)):.1f} s" if job.HasField("started") else ""),
-        ("output", f"{job.stdout_bytes} bytes, {job.stderr_bytes} of errors" + (f", {job.dropped_bytes} not kept" if job.dropped_bytes else "")),
-    ]  # fmt: skip
-    for name, text in rows:
-        if text:
-            click.echo(f"{name:<10}{text}")

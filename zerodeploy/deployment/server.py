@@ -20,6 +20,7 @@ from zerodeploy.link.base import Link
 from zerodeploy.link.resolve import resolve
 
 if TYPE_CHECKING:
+    from zerodeploy.deployment.jobs import Jobs
     from zerodeploy.deployment.payload import Payload
     from zerodeploy.payload.bundles import Bundle
 
@@ -143,6 +144,7 @@ class DeployedServer:
         self._client = Client(session, trust_remote=trust_remote)
         self._trust = trust_remote
         self._connector_made: Any = None
+        self._jobs_made: Jobs | None = None
         self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         _open.add(session)
         # not __del__: also runs when the object is dropped in a reference cycle, and never half-initialised
@@ -308,6 +310,16 @@ class DeployedServer:
             progress: Callable[[int, int], None] | None = None) -> str:  # fmt: skip
         """Copy a file from the host; into *local* when that is a directory. Gives its path here. As atomic as `put`."""
         return self._client_now.get(remote, local, progress)
+
+    @property
+    def jobs(self) -> Jobs:
+        """Supervised processes on the host: ``server.jobs.start(["make", "-j8"])``, see `Jobs`."""
+        client = self._client_now
+        if self._jobs_made is None:
+            from zerodeploy.deployment.jobs import Jobs
+
+            self._jobs_made = Jobs(client)
+        return self._jobs_made
 
     # RPyC
 

@@ -13,6 +13,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib.util
+import json
 import struct
 import zlib
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from pathlib import Path
 from zerodeploy.errors import PayloadError
 from zerodeploy.payload.syntax import parse
 
-__all__ = ["Agent", "agent", "first_stage", "late_part", "sources", "zipapp"]
+__all__ = ["Agent", "agent", "first_stage", "jobs_part", "late_part", "sources", "zipapp"]
 
 # rpyc's core goes with the agent
 _RPYC_FILES = (
@@ -158,6 +159,14 @@ def _base() -> dict[str, bytes]:
 def late_part() -> dict[str, bytes]:
     """What only some sessions need; it follows over the link, before the first request that needs it."""
     return {**_agent(late=True), **_rpyc(_RPYC_LATE)}
+
+
+@functools.lru_cache(maxsize=1)
+def jobs_part() -> bytes:
+    """The engine of jobs, for a host that is asked for its first one: zlib over JSON, path to text."""
+    root = _locate("zerodeploy_agent")
+    files = {f"zerodeploy_agent/{name}": strip((root / name).read_bytes()).decode("utf-8") for name in _AGENT_JOBS}
+    return zlib.compress(json.dumps(files).encode("ascii"), 9)
 
 
 def sources() -> list[Path]:

@@ -1,0 +1,116 @@
+"""What `gproc` and ``zerodeploy job`` share: a job's options, and a job as text. Jobs are dicts here, in JSON's types."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import click
+
+from zerodeploy.cli.common import Context, say_json
+from zerodeploy.errors import UsageError
+
+__all__ = ["gap_text", "job_options", "limits_of", "pairs_of", "status_of", "tell_id", "tell_line", "tell_status"]
+
+
+def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a start."""
+    for option in (
+        click.option("-e", "--env", "pairs", multiple=True, metavar="NAME=VALUE", help="Added to the environment."),
+        click.option("--cwd", default="", metavar="DIR", help="The directory to run in."),
+        click.option("--label", default="", help="A name for people."),
+        click.option("--limit", "limits", multiple=True, metavar="NAME=NUMBER", help="memory_bytes, cpus, pids, io_bytes_per_s, open_files, cpu_seconds, wall_seconds or output_bytes."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def pairs_of(pairs: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE as a mapping. Raises `UsageError`."""
+    for pair in pairs:
+        if "=" not in pair[1:]:
+            raise UsageError(f"--env {pair}: NAME=VALUE is one")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def limits_of(limits: tuple[str, ...]) -> dict[str, float]:
+    """NAME=NUMBER as a mapping. Raises `UsageError`."""
+    found: dict[str, float] = {}
+    for text in limits:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value) if name == "cpus" else int(value)
+        except ValueError:
+            raise UsageError(f"--limit {text}: NAME=NUMBER is one") from None
+    return found
+
+
+def gap_text(count: int) -> str:
+    return f"{count} bytes of output were not kept (the job's quota, or a full disk)"
+
+
+def status_of(job: dict[str, Any]) -> int | None:
+    """The exit status that stands for a job's end: its own, 128+n for a signal; None where nobody knows."""
+    if job["exit_code"] is not None:
+        return int(job["exit_code"])
+    return None if job["signal"] is None else 128 + int(job["signal"])
+
+
+def _json(context: click.Context) -> bool:
+    settings = context.find_object(Context)
+    return bool(settings and settings.json)
+
+
+def tell_id(context: click.Context, job: dict[str, Any]) -> None:
+    """The id alone."""
+    if _json(context):
+        say_json(job)
+    else:
+        click.echo(job["id"])
+
+
+def tell_line(context: click.Context, job: dict[str, Any]) -> None:
+    """A job in one line."""
+    if _json(context):
+        say_json(job)
+    else:
+        click.echo(f"{job['id']}  {_how(job):<22}  {_time(job['created'])}  {_command(job)}")
+
+
+def tell_status(context: click.Context, job: dict[str, Any]) -> None:
+    """All that is known of a job."""
+    if _json(context):
+        say_json(job)
+        return
+    ended = job["ended"] is not None
+    signal = "" if job["signal"] is None else f"{job['signal']}{', core dumped' if job['core_dumped'] else ''}"
+    dropped = f", {job['dropped_bytes']} not kept" if job["dropped_bytes"] else ""
+    started = ""
+    if job["started"] is not None:
+        started = f"{_time(job['started'])}, {max(0.0, (job['ended'] or time.time()) - job['started']):.1f} s"
+    rows = [
+        ("id", job["id"]), ("state", job["state"] + (", as asked" if job["stopped_by_request"] and ended else "")),
+        ("exit code", "" if job["exit_code"] is None else str(job["exit_code"])), ("signal", signal), ("error", job.get("error", "")),
+        ("command", _command(job)), ("label", job["label"]), ("pid", str(job["pid"])), ("started", started),
+        ("output", f"{job['stdout_bytes']} bytes, {job['stderr_bytes']} of errors{dropped}"),
+    ]  # fmt: skip
+    for name, text in rows:
+        if text:
+            click.echo(f"{name:<10}{text}")
+
+
+def _how(job: dict[str, Any]) -> str:
+    if job["exit_code"] is not None:
+        return f"exited with {job['exit_code']}"
+    return str(job["state"]) if job["signal"] is None else f"ended by signal {job['signal']}"
+
+
+def _command(job: dict[str, Any]) -> str:
+    return shlex.join([job["command"], *job["args"]])
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
