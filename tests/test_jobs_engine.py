@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from zerodeploy_agent import outputlog, processes, supervisor
 from zerodeploy_agent.foundprocess import start_of
+from zerodeploy_agent.limits import LimitError
 from zerodeploy_agent.outputlog import STDERR, STDOUT, OutputLog, Reader
-from zerodeploy_agent.processes import LimitError, Process
+from zerodeploy_agent.processes import Process
 from zerodeploy_agent.supervisor import JobError, NoSuchJob, OffsetError, Supervisor
 
 from tests.conftest import PYTHONS, alive, client_process, kill, python_or_skip, wait_until

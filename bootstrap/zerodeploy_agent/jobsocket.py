@@ -13,14 +13,14 @@ import subprocess
 import sys
 import time
 
-from . import jobserver, jobstate
+from . import jobrequests, jobserver, jobstate
 from .cleanup import MARK, RELEASED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Dict, Optional, Tuple
 
-MODULES = ("__init__", "cgroups", "foundprocess", "importer", "jobserver", "jobstate", "limits", "loop", "outputlog", "processes",
+MODULES = ("__init__", "cgroups", "foundprocess", "importer", "jobrequests", "jobserver", "jobstate", "limits", "loop", "outputlog", "processes",
            "supervisor")  # fmt: skip
 _RETRY_S = 0.02
 _WAIT_S = 10.0
@@ -99,7 +99,7 @@ def _hello(state_dir: str, timeout: float) -> "Tuple[socket.socket, Dict[str, An
                 raise ConnectionResetError("it ended")
             answer += data
         told: "Dict[str, Any]" = json.loads(answer)
-        if told.get("protocol") != jobserver.PROTOCOL:
+        if told.get("protocol") != jobrequests.PROTOCOL:
             raise SupervisorError("the supervisor of %s (pid %s) is of another version" % (state_dir, told.get("pid")))
         sock.settimeout(None)
         return sock, told

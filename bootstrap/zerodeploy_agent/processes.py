@@ -19,21 +19,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Dict, Mapping, Optional, Sequence
 
-__all__ = [
-    "EXITED",
-    "FAILED",
-    "FINAL",
-    "INITIAL",
-    "LOST",
-    "RUNNING",
-    "SIGNALED",
-    "STOPPING",
-    "LimitError",
-    "Process",
-    "Status",
-    "pidfd_open",
-]
-
 INITIAL, RUNNING, STOPPING, EXITED, SIGNALED, FAILED, LOST = (
     "initial",
     "running",

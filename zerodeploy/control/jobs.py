@@ -19,7 +19,8 @@ from zerodeploy.payload.agent import jobs_part
 
 __all__ = ["OWN", "USERS", "JobsLink"]
 
-OWN, USERS = "jobs:", "jobs:~"  # the supervisor that ends with the deployment, and the one that outlives it
+OWN = "jobs:"  # the supervisor that ends with the deployment
+USERS = "jobs:~"  # and the one that outlives it
 _CONNECT_S = 30.0
 #: gRPC's names for what a supervisor says
 _CODES = {"no-job": "NOT_FOUND", "os": "FAILED_PRECONDITION", "limit": "FAILED_PRECONDITION", "state": "FAILED_PRECONDITION",

@@ -18,7 +18,7 @@ _LINE_BYTES = 64 << 20
 
 
 class HubError(Exception):
-    """The supervisor said no, or is gone. ``code`` as in `zerodeploy_agent.jobserver`, or ``gone``."""
+    """The supervisor said no, or is gone. ``code`` as in `zerodeploy_agent.jobrequests`, or ``gone``."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)

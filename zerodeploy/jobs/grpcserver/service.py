@@ -11,7 +11,7 @@ from typing import Any
 
 from grpclib.const import Cardinality, Handler, Status
 from grpclib.exceptions import GRPCError
-from zerodeploy_agent import jobserver
+from zerodeploy_agent import jobrequests
 from zerodeploy_agent.outputlog import Piece, Reader
 
 from . import tls
@@ -89,7 +89,7 @@ class Service:
         await stream.send_message(status_message(answer["job"]))
 
     async def signal(self, stream: Any, owner: str, request: Any) -> None:
-        if request.signal not in jobserver._signals():
+        if request.signal not in jobrequests.signals():
             raise invalid(f"there is no signal {request.signal}")
         answer = await self._hub.ask("signal", job=request.id, owner=owner, signal=request.signal)
         await stream.send_message(status_message(answer["job"]))

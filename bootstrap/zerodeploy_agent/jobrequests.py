@@ -1,0 +1,348 @@
+"""What a client may ask of a supervisor, and what it is told. See `Connection`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+
+from .limits import LimitError
+from .loop import READ, WRITE
+from .outputlog import Reader
+from .supervisor import JobError, NoSuchJob
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from typing import Any, Callable, Dict, List, Optional, Set
+
+    from .jobserver import JobServer
+    from .supervisor import Job
+
+PROTOCOL = 1
+NO_SUCH_JOB = "no such job"  # the same for a missing and for a foreign one
+_LINE_BYTES = 16 << 20  # of a request: arguments and environment of a process have 2 MiB on most systems
+_READ_BYTES = 1 << 16
+#: there was no room for another job: not the command's fault
+SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
+
+
+def about(job: Job) -> "Dict[str, Any]":
+    """A job as clients see it; times are seconds since 1970. ``log``: see `LogView.tell`."""
+    status, log = job.process.status(), job.log
+    told = status.as_dict()
+    given = job.about
+    told.update(
+        id=job.id, command=given["command"], args=given["args"], owner=given["owner"], label=given["label"],
+        created=given["created"], stdout_bytes=log.counts[1], stderr_bytes=log.counts[2], dropped_bytes=log.dropped,
+        over=job.over, reaped=job.process.done.is_set(), log=[log.kept, log.entries, log.dropped, log.dropped_at],
+    )  # fmt: skip
+    return told
+
+
+class Refused(Exception):
+    """A request that gets an error: ``code`` and text."""
+
+    def __init__(self, code: str, text: str, number: int = 0) -> None:
+        super().__init__(text)
+        self.code, self.number = code, number
+
+
+class Connection:
+    """One client. Requests are ``{"id": N, "do": NAME, …}``; each gets one ``{"re": N, …}``, with ``error`` when it failed.
+
+    Where ``owner`` is given, jobs of others are as if they were not there.
+
+    - ``hello``: protocol, pid, state directory.
+    - ``start``: command, args, env, cwd, limits, owner, label, key, max_running. The job.
+    - ``status``, ``signal`` (signal), ``forget``: job. The job as it is now.
+    - ``stop``: job, grace (seconds; null: never kill; absent: as the server was told). The final status.
+    - ``wait``: job. The final status, when it is there.
+    - ``list``: owner, states, after (the job behind which to go on), limit. ``jobs``, ``more``.
+    - ``follow``: job. The job; from then on lines ``{"job": …}`` whenever it has changed, until it is over. ``unfollow``.
+    - ``watch``: job, from, wait, streams. Lines ``{"piece": [stream, offset, time, length, gap]}``, each with so many bytes
+      behind it; then the answer. One at a time.
+    - ``shutdown``: stops all jobs with their grace (or ``grace``), answers, and ends the server.
+    """
+
+    def __init__(self, server: JobServer, sock: socket.socket) -> None:
+        self._server, self._sock = server, sock
+        self._jobs = server.jobs
+        self._in = bytearray()
+        self._out: "List[bytes]" = []
+        self._held = 0
+        self._followed: "Dict[str, Callable[[], None]]" = {}
+        self._changed: "Set[str]" = set()
+        self._watching: "Optional[Watching]" = None
+        self._closed = self._pumping = False
+        sock.setblocking(False)
+        self._events = READ
+        server.loop.watch(sock.fileno(), self._ready)
+
+    def _ready(self) -> None:
+        if self._out:
+            self._flush()
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._in += data
+        if data.find(b"\n") < 0 and len(self._in) < _LINE_BYTES:
+            return
+        *lines, rest = self._in.split(b"\n")
+        self._in = rest
+        for line in lines:
+            self._take(bytes(line))
+        if len(self._in) > _LINE_BYTES:
+            self._tell({"re": None, "error": "value", "text": "a request of more than %d bytes" % _LINE_BYTES})
+            self._flush()
+            self.close()
+
+    def _take(self, line: bytes) -> None:
+        request: "Any" = None
+        try:
+            request = json.loads(line)
+            action = getattr(self, "_do_" + str(request["do"]), None)
+            if action is None:
+                raise Refused("unknown", "there is no request %r" % request["do"])
+            answer = action(request)
+            if answer is not None:
+                answer["re"] = request.get("id")
+                self._tell(answer)
+        except Exception as error:
+            self._tell(dict(failure(error), re=request.get("id") if isinstance(request, dict) else None))
+
+    def _tell(self, message: "Dict[str, Any]") -> None:
+        self._send(json.dumps(message).encode("ascii") + b"\n")
+
+    def _send(self, *buffers: bytes) -> None:
+        """Write, or keep what the client does not take now."""
+        if self._closed:
+            return
+        self._out += buffers
+        self._held += sum(map(len, buffers))
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._out:
+                sent = self._sock.sendmsg(self._out[:64])
+                self._held -= sent
+                while sent:
+                    first = self._out[0]
+                    if len(first) <= sent:
+                        sent -= len(self._out.pop(0))
+                    else:
+                        self._out[0] = first[sent:]
+                        sent = 0
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+            return
+        events = READ | WRITE if self._out else READ
+        if events != self._events:
+            self._events = events
+            self._server.loop.watch(self._sock.fileno(), self._ready, events)
+        if not self._out and (self._changed or self._watching is not None):
+            self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        if not self._pumping and not self._closed:
+            self._pumping = True
+            self._server.loop.later(0, self._pump)
+
+    def _pump(self) -> None:
+        """Tell what has changed, and send output, as long as the client keeps up."""
+        self._pumping = False
+        if self._closed or self._out:
+            return
+        while self._changed:
+            job = self._server.find({"job": self._changed.pop()})
+            self._tell({"job": about(job)})
+            if job.over and job.process.done.is_set():
+                self._unfollow(job.id)
+        if self._watching is not None and not self._out:
+            self._watching.pump()
+
+    def finish(self) -> None:
+        """The last words, then the end: the client has a second for them."""
+        try:
+            self._sock.settimeout(1.0)
+            for id in self._changed:
+                self._out.append(json.dumps({"job": about(self._jobs.job(id))}).encode("ascii") + b"\n")
+            self._sock.sendall(b"".join(self._out))
+        except (OSError, JobError):
+            pass
+        self.close()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._server.loop.unwatch(self._sock.fileno())
+        self._sock.close()
+        for id in list(self._followed):
+            self._unfollow(id)
+        if self._watching is not None:
+            self._watching.close()
+        self._out.clear()
+        self._server.left(self)
+
+    # requests
+
+    def _do_hello(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        return {"protocol": PROTOCOL, "pid": os.getpid(), "state_dir": self._jobs.state_dir}
+
+    def _do_start(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        if self._server.ending:
+            raise Refused("ending", "the server is shutting down")
+        owner, most = request.get("owner", ""), request.get("max_running")
+        key = request.get("key", "")
+        if most is not None and self._server.running(owner) >= most and not self._jobs.started(owner, key):
+            raise Refused("quota", "you have %d jobs running, which is as many as you may" % most)
+        limits = request.get("limits")
+        try:
+            id = self._jobs.start(
+                request["command"], request.get("args", ()), env=request.get("env"), cwd=request.get("cwd") or None,
+                limits=limits, owner=owner, label=request.get("label", ""), key=key,
+            )  # fmt: skip
+        except OSError as error:
+            if limits and error.errno == errno.ENOMEM:  # its own limit was too small to begin with
+                raise Refused("os", str(error), errno.ENOMEM) from None
+            raise
+        return {"job": about(self._jobs.job(id))}
+
+    def _do_status(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        return {"job": about(self._server.find(request))}
+
+    def _do_signal(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        job = self._server.find(request)
+        number = request["signal"]
+        if isinstance(number, bool) or not isinstance(number, int) or number not in signals():
+            raise Refused("value", "there is no signal %r" % number)
+        self._jobs.signal(job.id, number)
+        return {"job": about(job)}
+
+    def _do_forget(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        job = self._server.find(request)
+        told = about(job)
+        self._jobs.forget(job.id)
+        self._server.quiet()
+        return {"job": told}
+
+    def _do_stop(self, request: "Dict[str, Any]") -> None:
+        job = self._server.find(request)
+        self._jobs.begin_stop(job.id, request.get("grace", True))
+        self._server.when_final(job, lambda: self._tell({"re": request.get("id"), "job": about(job)}))
+
+    def _do_wait(self, request: "Dict[str, Any]") -> None:
+        job = self._server.find(request)
+        self._server.when_final(job, lambda: self._tell({"re": request.get("id"), "job": about(job)}))
+
+    def _do_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        states, after, limit = request.get("states"), request.get("after"), request.get("limit", 1000)
+        found: "List[Dict[str, Any]]" = []
+        for job in self._jobs.jobs(request.get("owner")):
+            if after is not None and [job.about["created"], job.id] <= list(after):
+                continue
+            if states and job.process.status().state not in states:
+                continue
+            if len(found) == limit:
+                return {"jobs": found, "more": True}
+            found.append(about(job))
+        return {"jobs": found, "more": False}
+
+    def _do_follow(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        job = self._server.find(request)
+        if not (job.over and job.process.done.is_set()) and job.id not in self._followed:
+            self._followed[job.id] = self._jobs.subscribe(job.id, lambda: self._has_changed(job.id))
+        return {"job": about(job)}
+
+    def _do_unfollow(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        self._unfollow(str(request["job"]))
+        return {}
+
+    def _unfollow(self, id: str) -> None:
+        self._changed.discard(id)
+        end = self._followed.pop(id, None)
+        if end is not None:
+            end()
+
+    def _has_changed(self, id: str) -> None:
+        self._changed.add(id)
+        if not self._out:
+            self._pump_soon()
+
+    def _do_watch(self, request: "Dict[str, Any]") -> None:
+        job = self._server.find(request)
+        if self._watching is not None:
+            raise Refused("value", "this connection watches a job already")
+        offset = request.get("from", 0)
+        if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0 or (job.over and offset > job.log.end):
+            raise Refused("offset", "the output has %d bytes, there is no offset %r" % (job.log.end, offset))
+        self._watching = Watching(self, job, request)
+        self._watching.unsubscribe = self._jobs.subscribe(job.id, self._pump_soon)
+        self._pump_soon()
+
+    def _do_shutdown(self, request: "Dict[str, Any]") -> None:
+        self._server.end(request.get("grace", True), lambda: self._tell({"re": request.get("id")}))
+
+    def watched(self, request: "Dict[str, Any]", job: Job) -> None:
+        """The output is at its end."""
+        self._watching = None
+        self._tell({"re": request.get("id"), "job": about(job)})
+
+
+class Watching:
+    """The output of one job on its way to one client."""
+
+    def __init__(self, connection: Connection, job: Job, request: "Dict[str, Any]") -> None:
+        self._connection, self._job, self._request = connection, job, request
+        self._reader = Reader(job.log, request.get("from", 0))
+        self._streams = request.get("streams") or (1, 2)
+        self.unsubscribe: "Callable[[], None]" = lambda: None
+
+    def pump(self) -> None:
+        """Send one piece, or the end."""
+        over = self._job.over or not self._request.get("wait", True)
+        piece = self._reader.next()
+        if piece is not None:
+            if piece.gap or piece.stream in self._streams:
+                head = [piece.stream, piece.offset, piece.time, len(piece.data), piece.gap]
+                line = json.dumps({"piece": head}).encode("ascii") + b"\n"
+                self._connection._send(*((line, piece.data) if piece.data else (line,)))
+            self._connection._pump_soon()
+        elif over:
+            self.close()
+            self._connection.watched(self._request, self._job)
+
+    def close(self) -> None:
+        self.unsubscribe()
+        self._reader.close()
+
+
+def failure(error: BaseException) -> "Dict[str, Any]":
+    """What a client is told of *error*."""
+    if isinstance(error, Refused):
+        return {"error": error.code, "text": str(error)}
+    if isinstance(error, NoSuchJob):
+        return {"error": "no-job", "text": NO_SUCH_JOB}
+    if isinstance(error, LimitError):
+        return {"error": "limit", "text": str(error)}
+    if isinstance(error, JobError):
+        return {"error": "state", "text": str(error)}
+    if isinstance(error, OSError):
+        code = "quota" if error.errno in SCARCE else "os"
+        return {"error": code, "text": str(error), "errno": error.errno or 0}
+    return {"error": "value", "text": "%s" % error if isinstance(error, ValueError) else "%s: %s" % (type(error).__name__, error)}
+
+
+def signals() -> "Set[int]":
+    return {int(each) for each in signal.valid_signals()}
