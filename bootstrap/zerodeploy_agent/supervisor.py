@@ -437,6 +437,7 @@ class Supervisor:
             job.stopping, job.grace = True, grace
         if job.process.stop() and grace is not None:
             self.loop.later(grace, lambda: self._kill(job))
+        job.tell()
 
     def _kill(self, job: Job) -> None:
         job.process.signal(9)

@@ -47,11 +47,6 @@ class Followed:
             if not each.done():
                 each.set_result(None)
 
-    @property
-    def over(self) -> bool:
-        """Whether all output is there and the end is known."""
-        return bool(self.job["over"] and self.job["reaped"])
-
     def changed(self) -> asyncio.Future[None]:
         """Done with the next news."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -91,14 +86,13 @@ class Hub:
                 if not line:
                     break
                 told = json.loads(line)
-                if "re" in told:
-                    future = self._pending.pop(told["re"], None)
-                    if future is not None and not future.done():
-                        future.set_result(told)
-                else:
-                    followed = self._followed.get(told["job"]["id"])
-                    if followed is not None:
-                        followed.tell(told["job"])
+                job = told.get("job")
+                followed = self._followed.get(job["id"]) if job else None
+                if followed is not None:  # here, in the order of the lines: who waits for an answer runs later
+                    followed.tell(job)
+                future = self._pending.pop(told.get("re", -1), None)
+                if future is not None and not future.done():
+                    future.set_result(told)
         except (OSError, ValueError):
             pass
         finally:
@@ -142,13 +136,15 @@ class Hub:
 
     async def follow(self, id: str, owner: str) -> Followed:
         """News of a job of *owner*, until `unfollow`. Raises `HubError`."""
-        job = (await self.ask("follow", job=id, owner=owner))["job"]
         followed = self._followed.get(id)
         if followed is None:
             followed = self._followed[id] = Followed(os.path.join(self.state_dir, "jobs", id))
-        if not followed.job or job["log"] >= followed.job["log"]:
-            followed.tell(job)
-        followed.users += 1
+        followed.users += 1  # before it is asked for: whoever leaves meanwhile must not end the news
+        try:
+            await self.ask("follow", job=id, owner=owner)
+        except BaseException:
+            self.unfollow(id, followed)
+            raise
         return followed
 
     def unfollow(self, id: str, followed: Followed) -> None:

@@ -150,7 +150,6 @@ async def _send_output(stream: Any, followed: Followed, offset: int, streams: fr
     turns = 0
     try:
         while not followed.lost:
-            news = followed.changed()
             data = _next(followed, reader, streams)
             if data is not None:
                 if data:
@@ -167,8 +166,7 @@ async def _send_output(stream: Any, followed: Followed, offset: int, streams: fr
                 if reader.offset > followed.log.end:
                     raise GRPCError(Status.OUT_OF_RANGE, f"the output has {followed.log.end} bytes, there is no offset {offset}")
                 break
-            if reader.offset >= followed.log.end:
-                await news
+            await followed.changed()  # nothing was awaited since the look at the log
         return reader.offset
     finally:
         reader.close()
