@@ -30,7 +30,9 @@ def users_state(tmp_path, monkeypatch):
 
 def test_start_watch_status_stop(deploy):
     server = deploy()
-    job = server.jobs.start(["sh", "-c", "printf 'a\\0\\377'; echo err >&2; echo $X; pwd; exit 3"], env={"X": "é"}, cwd="/", label="mine")
+    job = server.jobs.start(
+        ["sh", "-c", "printf 'a\\0\\377'; echo err >&2; echo $X; pwd; exit 3"], env={"X": "é"}, cwd="/", label="mine"
+    )
     pieces = list(job.watch())
     assert b"".join(piece.data for piece in pieces if piece.stream == "stdout") == b"a\0\xff\xc3\xa9\n/\n"
     assert b"".join(piece.data for piece in pieces if piece.stream == "stderr") == b"err\n"
@@ -281,7 +283,22 @@ def zd(*words: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_job_host(users_state):
-    done = zd("job", "local", "start", "--label", "l", "-e", "A=b", "--cwd", "/", "sh", "-c", "pwd; echo $A; echo err >&2; exit 3", "-x", "--help")
+    done = zd(
+        "job",
+        "local",
+        "start",
+        "--label",
+        "l",
+        "-e",
+        "A=b",
+        "--cwd",
+        "/",
+        "sh",
+        "-c",
+        "pwd; echo $A; echo err >&2; exit 3",
+        "-x",
+        "--help",
+    )
     id = done.stdout.decode().strip()
     assert done.returncode == 0 and len(id) == 32 and done.stderr == b""
     done = zd("job", "local", "output", id)
@@ -291,7 +308,12 @@ def test_job_host(users_state):
     told = json.loads(zd("--json", "job", "local", "status", id).stdout)
     assert (told["id"], told["exit_code"], told["state"]) == (id, 3, "exited")
     watched = zd("job", "local", "start", "-l", "sh", "-c", "echo out; echo err >&2; kill -9 $$")
-    assert watched.returncode == 137 and watched.stdout == b"out\n" and watched.stderr.endswith(b"err\n") and len(watched.stderr.split(b"\n")[0]) == 32
+    assert (
+        watched.returncode == 137
+        and watched.stdout == b"out\n"
+        and watched.stderr.endswith(b"err\n")
+        and len(watched.stderr.split(b"\n")[0]) == 32
+    )
     sleeper = zd("job", "local", "start", "sleep", "1000").stdout.decode().strip()
     lines = zd("job", "local", "list").stdout.decode().splitlines()
     assert [line.split()[0] for line in lines][::2] == [id, sleeper] and "running" in lines[2]
@@ -309,7 +331,9 @@ def test_job_host(users_state):
 
 def test_ctrl_c_ends_the_watching_and_not_the_job(users_state):
     id = zd("job", "local", "start", "sh", "-c", "echo up; exec sleep 1000").stdout.decode().strip()
-    watcher = subprocess.Popen([sys.executable, "-m", "zerodeploy", "job", "local", "output", id], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "zerodeploy", "job", "local", "output", id], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert watcher.stdout is not None and watcher.stdout.readline() == b"up\n"
     watcher.send_signal(signal.SIGINT)
     assert watcher.communicate(timeout=20)[1] == b"interrupted\n" and watcher.returncode == 130
@@ -331,7 +355,9 @@ def test_serve_on_a_host(tmp_path, sshd):
         addr = "localhost:" + line.split("127.0.0.1:")[1].split()[0].rstrip(",")
         settings = {**os.environ, "GPROC_CACERT": "ca.crt", "GPROC_CERT": "alice.crt", "GPROC_KEY": "alice.key", "GPROC_ADDR": addr}
         gproc = [sys.executable, "-c", "from zerodeploy.cli.main import gproc; gproc()"]
-        done = subprocess.run([*gproc, "start", "-l", "sh", "-c", "echo there; exit 5"], cwd=pki, env=settings, capture_output=True, timeout=30)
+        done = subprocess.run(
+            [*gproc, "start", "-l", "sh", "-c", "echo there; exit 5"], cwd=pki, env=settings, capture_output=True, timeout=30
+        )
         assert done.returncode == 5 and done.stdout == b"there\n"
         done = subprocess.run([*gproc, "--json", "start", "sleep", "1000"], cwd=pki, env=settings, capture_output=True, timeout=30)
         pid = json.loads(done.stdout)["pid"]
@@ -342,7 +368,21 @@ def test_serve_on_a_host(tmp_path, sshd):
     finally:
         process.kill()
         process.communicate()
-    done = zd("jobs", "serve", "--on", "local", "--listen", "192.0.2.1:0", "--cacert", "ca.crt", "--cert", "server.crt", "--key", "server.key", cwd=pki)
+    done = zd(
+        "jobs",
+        "serve",
+        "--on",
+        "local",
+        "--listen",
+        "192.0.2.1:0",
+        "--cacert",
+        "ca.crt",
+        "--cert",
+        "server.crt",
+        "--key",
+        "server.key",
+        cwd=pki,
+    )
     assert done.returncode == 2 and b"can't be listened on" in done.stderr and b"Traceback" not in done.stderr
     done = zd("jobs", "serve", "--on", "local", "--cacert", "none", "--cert", "server.crt", "--key", "server.key", cwd=pki)
     assert done.returncode == 2 and b"none: there is no such file" in done.stderr

@@ -80,7 +80,18 @@ def test_the_descriptor_is_that_of_the_proto_file(tmp_path):
     from grpc_tools import protoc
 
     target = tmp_path / "jobs.binpb"
-    assert protoc.main(["", f"-I{PROTO.parent}", f"-I{os.path.dirname(protoc.__file__)}/_proto", f"--descriptor_set_out={target}", "jobs.proto"]) == 0
+    assert (
+        protoc.main(
+            [
+                "",
+                f"-I{PROTO.parent}",
+                f"-I{os.path.dirname(protoc.__file__)}/_proto",
+                f"--descriptor_set_out={target}",
+                "jobs.proto",
+            ]
+        )
+        == 0
+    )
     ours = descriptor_pb2.FileDescriptorSet.FromString((PROTO.parent / "jobs.binpb").read_bytes())
     assert ours == descriptor_pb2.FileDescriptorSet.FromString(target.read_bytes())
 
@@ -100,7 +111,11 @@ def test_a_job_from_start_to_end(alice, tmp_path):
     end = alice.ended(job.id)
     assert (end.state, end.exit_code, end.HasField("signal"), end.stopped_by_request) == (pb().STATE_EXITED, 7, False, False)
     assert (end.stdout_bytes, end.stderr_bytes, end.dropped_bytes) == (len(text[1].encode()), 4, 0)
-    assert end.created.ToDatetime() <= end.ended.ToDatetime() and end.usage.max_rss_bytes > 1 << 20 and end.usage.user_seconds + end.usage.system_seconds > 0
+    assert (
+        end.created.ToDatetime() <= end.ended.ToDatetime()
+        and end.usage.max_rss_bytes > 1 << 20
+        and end.usage.user_seconds + end.usage.system_seconds > 0
+    )
     assert alice.status(job.id) == end
     assert b"".join(piece.data for piece in alice.GetOuput(pb().GetOutputRequest(id=job.id))) == b"".join(p.data for p in pieces)
 
@@ -182,7 +197,9 @@ def test_what_is_refused(alice, tmp_path):
 
 
 def test_limits_that_rlimits_enforce(alice):
-    job = alice.start("sh", "-c", "ulimit -n; ulimit -v; ulimit -t", limits={"open_files": 77, "memory_bytes": 1 << 30, "cpu_seconds": 5})
+    job = alice.start(
+        "sh", "-c", "ulimit -n; ulimit -v; ulimit -t", limits={"open_files": 77, "memory_bytes": 1 << 30, "cpu_seconds": 5}
+    )
     words = alice.output(job.id).split()
     assert words[0] == b"77" and words[2] == b"5"
     job = alice.start(sys.executable, "-c", "while True: pass", limits={"cpu_seconds": 1})
@@ -324,7 +341,11 @@ def leaf(pki: Path, subject: list[tuple[str, str]], *, usage: str = "client", ex
         .issuer_name(ca.subject).public_key(key.public_key()).serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=9)).not_valid_after(now + datetime.timedelta(days=-1 if expired else 9))
     )  # fmt: skip
-    oid = {"client": x509.ExtendedKeyUsageOID.CLIENT_AUTH, "server": x509.ExtendedKeyUsageOID.SERVER_AUTH, "code": x509.ExtendedKeyUsageOID.CODE_SIGNING}
+    oid = {
+        "client": x509.ExtendedKeyUsageOID.CLIENT_AUTH,
+        "server": x509.ExtendedKeyUsageOID.SERVER_AUTH,
+        "code": x509.ExtendedKeyUsageOID.CODE_SIGNING,
+    }
     builder = builder.add_extension(x509.ExtendedKeyUsage([oid[usage]]), critical=False)
     (pki / f"{name}.crt").write_bytes(builder.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))  # type: ignore[arg-type]
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
@@ -332,7 +353,9 @@ def leaf(pki: Path, subject: list[tuple[str, str]], *, usage: str = "client", ex
     return name
 
 
-@pytest.mark.parametrize("subject", [[], [("O", "x")], [("CN", "alice"), ("CN", "bob")], [("CN", "alice"), ("O", "x"), ("CN", "alice")]])
+@pytest.mark.parametrize(
+    "subject", [[], [("O", "x")], [("CN", "alice"), ("CN", "bob")], [("CN", "alice"), ("O", "x"), ("CN", "alice")]]
+)
 def test_not_exactly_one_common_name(server, pki, subject):
     with server.client(leaf(pki, subject)) as stub:
         refused(lambda: stub.status("x"), Code.UNAUTHENTICATED, "exactly one common name")
@@ -412,8 +435,14 @@ def test_the_client_checks_the_servers_name(server, pki):
 def test_fuzzed_requests(server, alice):
     noise = random.Random(11)
     with grpc.secure_channel(f"localhost:{server.port}", server.credentials()) as channel:
-        bare = {name: channel.unary_unary(f"/zerodeploy.jobs.v1.JobService/{name}") for name in ("Start", "Status", "Stop", "Signal", "List", "Nothing")}
-        streams = {name: channel.unary_stream(f"/zerodeploy.jobs.v1.JobService/{name}") for name in ("GetOutput", "GetOuput", "WatchStatus")}
+        bare = {
+            name: channel.unary_unary(f"/zerodeploy.jobs.v1.JobService/{name}")
+            for name in ("Start", "Status", "Stop", "Signal", "List", "Nothing")
+        }
+        streams = {
+            name: channel.unary_stream(f"/zerodeploy.jobs.v1.JobService/{name}")
+            for name in ("GetOutput", "GetOuput", "WatchStatus")
+        }
         seen = set()
         for _ in range(300):
             data = noise.randbytes(noise.randrange(60))
@@ -451,7 +480,11 @@ def test_100_watchers_on_one_connection_and_room_for_other_calls(server, alice):
     assert alice.status(alice.start("true").id).id
     for thread in threads:
         thread.join(60)
-    assert len(got) == 100 and len(set(got)) == 1 and len(got[0]) == alice.status(job.id).stdout_bytes + alice.status(job.id).stderr_bytes
+    assert (
+        len(got) == 100
+        and len(set(got)) == 1
+        and len(got[0]) == alice.status(job.id).stdout_bytes + alice.status(job.id).stderr_bytes
+    )
 
 
 def test_100_open_streams_leave_room(server):
@@ -503,7 +536,9 @@ CLIENT = (
 def test_a_client_that_is_killed_in_mid_stream_leaves_nothing(server, alice):
     job = alice.start("sh", "-c", "while :; do head -c 100000 /dev/zero; sleep 0.01; done", limits={"output_bytes": 30_000_000})
     before = server.fds()
-    client = subprocess.Popen([sys.executable, "-c", CLIENT, str(server.pki), str(server.port), job.id], stdout=subprocess.PIPE, text=True)
+    client = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, str(server.pki), str(server.port), job.id], stdout=subprocess.PIPE, text=True
+    )
     assert client.stdout is not None and client.stdout.readline() == "up\n"
     assert server.fds() > before
     client.kill()
@@ -515,7 +550,9 @@ def test_a_client_that_is_killed_in_mid_stream_leaves_nothing(server, alice):
 def test_a_client_that_is_frozen_goes_on_where_it_was(server, alice):
     code = CLIENT.replace("time.sleep(1000)", "print(sum(len(p.data) for s in streams[:1] for p in s), flush=True)")
     job = alice.start("sh", "-c", "echo; sleep 1; head -c 50000000 /dev/zero")
-    client = subprocess.Popen([sys.executable, "-c", code, str(server.pki), str(server.port), job.id], stdout=subprocess.PIPE, text=True)
+    client = subprocess.Popen(
+        [sys.executable, "-c", code, str(server.pki), str(server.port), job.id], stdout=subprocess.PIPE, text=True
+    )
     assert client.stdout is not None and client.stdout.readline() == "up\n"
     client.send_signal(signal.SIGSTOP)
     assert len(alice.output(job.id)) == 50_000_001
@@ -576,7 +613,12 @@ def test_races_of_start_stop_and_exit(server, alice):
 def test_the_server_is_killed_with_20_jobs_running(own):
     server = own()
     with server.client() as stub:
-        jobs = [stub.start("sh", "-c", f"echo {number}; while read x; do :; done < /dev/null; sleep 2; echo {number} end; exit {number}") for number in range(19)]
+        jobs = [
+            stub.start(
+                "sh", "-c", f"echo {number}; while read x; do :; done < /dev/null; sleep 2; echo {number} end; exit {number}"
+            )
+            for number in range(19)
+        ]
         jobs.append(stub.start("sleep", "1000", idempotency_key="k"))
         done = stub.start("sh", "-c", "echo done; exit 3")
         assert stub.ended(done.id).exit_code == 3
@@ -689,9 +731,21 @@ def test_one_server_for_a_state_directory(own, pki):
     ],
 )  # fmt: skip
 def test_a_server_that_can_not_start(pki, tmp_path, options, said):
-    given = {"--listen": "127.0.0.1:0", "--cacert": "ca.crt", "--cert": "server.crt", "--key": "server.key", "--state-dir": str(tmp_path / "s")}
+    given = {
+        "--listen": "127.0.0.1:0",
+        "--cacert": "ca.crt",
+        "--cert": "server.crt",
+        "--key": "server.key",
+        "--state-dir": str(tmp_path / "s"),
+    }
     given |= dict([options])
-    done = subprocess.run([sys.executable, "-m", "zerodeploy", "jobs", "serve", *sum(given.items(), ())], cwd=pki, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-m", "zerodeploy", "jobs", "serve", *sum(given.items(), ())],
+        cwd=pki,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr and not done.stdout, done.stderr
 
 

@@ -472,9 +472,11 @@ def test_every_part_of_the_engine_is_sent(tmp_path):
     for name in wanted:
         for row in (folder / name).read_text().splitlines():
             if row.startswith("from ."):
-                found |= {f"{each.strip()}.py" for each in row.split("import")[1].split(",")} if row.startswith("from . ") else {
-                    row.split()[1][1:] + ".py"
-                }
+                found |= (
+                    {f"{each.strip()}.py" for each in row.split("import")[1].split(",")}
+                    if row.startswith("from . ")
+                    else {row.split()[1][1:] + ".py"}
+                )
     assert {name for name in found if (folder / name).exists()} <= wanted
     line.ask("shutdown")
     assert limits.RLIMITS.keys() - limits.CONTROLLERS.keys() == {"open_files", "cpu_seconds"}
