@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.zerodeploy-$(1)
 WORKERS ?= 2
 
-.PHONY: demo test check bench format servers clean
+.PHONY: demo test check bench format proto servers clean
 .DELETE_ON_ERROR:
 
 demo: $(call STAMP,run)
@@ -23,6 +23,10 @@ check: $(call STAMP,check)
 format: $(call STAMP,check)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The compiled form of jobs.proto, from which the messages are made at run time; a test compares the two.
+proto: $(call STAMP,test)
+	$(BIN)/python -m grpc_tools.protoc -I zerodeploy/jobs/grpcserver --descriptor_set_out=zerodeploy/jobs/grpcserver/jobs.binpb jobs.proto
 
 bench: $(call STAMP,bench) servers
 	@command -v rsync >/dev/null 2>&1 || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null 2>&1 && \

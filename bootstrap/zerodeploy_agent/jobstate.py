@@ -75,12 +75,12 @@ class Journal:
     def _append(self, line: bytes) -> None:
         if self._fd < 0:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        size = os.fstat(self._fd).st_size
+            self._size = os.fstat(self._fd).st_size
         written = os.write(self._fd, line)
         if written < len(line):
-            os.ftruncate(self._fd, size)
+            os.ftruncate(self._fd, self._size)
             raise OSError(28, os.strerror(28), self._path)
-        self._size = size + written
+        self._size += written
 
     def forget(self, id: str) -> None:
         """The job, and its output. Without room for that line it may be known again after a restart."""

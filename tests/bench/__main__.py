@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.bench.jobs import jobs
 from tests.bench.payloads import payloads
 from zerodeploy import DeployedServer, MultiServerDeployment
 from zerodeploy.deployment.hosts import HostSpec
@@ -400,7 +401,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("bench-results/bench.jsonl"))
-    parser.add_argument("--only", choices=["first", "far", "latency", "bulk", "bytes", "cluster", "payloads"])
+    parser.add_argument("--only", choices=["first", "far", "latency", "bulk", "bytes", "cluster", "payloads", "jobs"])
     options = parser.parse_args()
     options.out.parent.mkdir(exist_ok=True)
     with SshServer() as server:
@@ -422,6 +423,8 @@ def main() -> None:
             frozen(server, options.out)
         if options.only in (None, "payloads"):
             payloads(near, max(5, options.rounds // 2))
+        if options.only in (None, "jobs"):
+            jobs(near.record, max(3, options.rounds // 5))
         if options.only in (None, "far"):
             with DelayProxy(server.port, rtt_s=0.1) as proxy:
                 far = Bench(server, server.write_config(server.root / "config-far", proxy.port), options.out)

@@ -63,6 +63,7 @@ class Hub:
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._followed: dict[str, Followed] = {}
         self._ids = 0
+        self._asked: list[bytes] = []
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
@@ -102,6 +103,7 @@ class Hub:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+        self._asked.clear()
         pending, self._pending = self._pending, {}
         for future in pending.values():
             if not future.done():
@@ -126,13 +128,24 @@ class Hub:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
         try:
-            self._writer.write(json.dumps({"id": number, "do": do, **fields}).encode("ascii") + b"\n")
+            self._send({"id": number, "do": do, **fields})
             answer = await future
         finally:
             self._pending.pop(number, None)
         if "error" in answer:
             raise HubError(answer["error"], answer["text"])
         return answer
+
+    def _send(self, request: dict[str, Any]) -> None:
+        """What is asked in one turn of the loop goes as one, in order."""
+        if not self._asked:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._asked.append(json.dumps(request).encode("ascii") + b"\n")
+
+    def _flush(self) -> None:
+        asked, self._asked = self._asked, []
+        if self._writer is not None:
+            self._writer.write(b"".join(asked))
 
     async def follow(self, id: str, owner: str) -> Followed:
         """News of a job of *owner*, until `unfollow`. Raises `HubError`."""
@@ -152,7 +165,7 @@ class Hub:
         if not followed.users and self._followed.get(id) is followed:
             del self._followed[id]
             if self._writer is not None:
-                self._writer.write(json.dumps({"id": 0, "do": "unfollow", "job": id}).encode("ascii") + b"\n")
+                self._send({"id": 0, "do": "unfollow", "job": id})
 
     async def close(self) -> None:
         if self._reading is not None:

@@ -250,7 +250,10 @@ def _guarded(action: Any) -> Any:
     """A handler: who asks is told by the certificate, what is asked is read once, what goes wrong has its code."""
 
     async def handle(stream: Any) -> None:
-        owner = tls.common_name(stream.peer.cert())
+        connection = stream._stream.connection
+        owner = getattr(connection, "owner", None)
+        if owner is None:  # the same for all calls of a connection
+            owner = connection.owner = tls.common_name(stream.peer.cert())
         if not owner:
             raise GRPCError(Status.UNAUTHENTICATED, "the client's certificate must have exactly one common name")
         try:
