@@ -19,5 +19,5 @@ def test_example(path):
     if path.name == "ship_your_code.py":
         can_or_skip("not to be had for" not in done.stderr or "Failed to fetch" not in done.stderr, "no package index")
     assert done.returncode == 0, done.stderr
-    assert "over RPyC" in done.stdout
+    assert "over RPyC" in done.stdout or "over gRPC" in done.stdout
     assert done.stderr == ""
