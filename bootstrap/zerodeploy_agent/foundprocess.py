@@ -52,10 +52,11 @@ class Found:
             return False
         return True
 
-    def stop(self) -> bool:
+    def stop(self, by_request: bool = True) -> bool:
         if self.look():
             return False
-        self._status.stopped_by_request, self._status.state = True, STOPPING  # before its end is told by another thread
+        self._status.stopped_by_request = self._status.stopped_by_request or by_request
+        self._status.state = STOPPING  # before its end is told by another thread
         sent = self.signal(15)
         self.signal(18)
         return sent

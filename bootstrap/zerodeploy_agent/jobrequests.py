@@ -10,6 +10,7 @@ import signal
 from .limits import LimitError
 from .loop import READ, WRITE
 from .outputlog import Reader
+from .processes import LOST
 from .supervisor import JobError, NoSuchJob
 
 TYPE_CHECKING = False
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from .supervisor import Job
 
 PROTOCOL = 1
+_LOST = "the supervisor that started it is gone: nobody knows how it ended"
+_TEXT = 600  # characters of an error: some hold a word of the client's, which may be long
+_LIST_BYTES = 1 << 20  # of the arguments of the jobs in one answer
+MOST_LABEL = 1024  # characters of a label, and of a key
 NO_SUCH_JOB = "no such job"  # the same for a missing and for a foreign one
 _LINE_BYTES = 16 << 20  # of a request: arguments and environment of a process have 2 MiB on most systems
 _READ_BYTES = 1 << 16
@@ -36,7 +41,8 @@ def about(job: Job) -> "Dict[str, Any]":
     told.update(
         id=job.id, command=given["command"], args=given["args"], owner=given["owner"], label=given["label"],
         created=given["created"], stdout_bytes=log.counts[1], stderr_bytes=log.counts[2], dropped_bytes=log.dropped,
-        over=job.over, reaped=job.process.done.is_set(), log=[log.kept, log.entries, log.dropped, log.dropped_at],
+        over=job.over, final=job.final, error=job.reason or (_LOST if told["state"] == LOST else ""),
+        log=[log.kept, log.entries, log.dropped, log.dropped_at, log.dropped_of],
     )  # fmt: skip
     return told
 
@@ -54,7 +60,7 @@ class Connection:
 
     Where ``owner`` is given, jobs of others are as if they were not there.
 
-    - ``hello``: protocol, pid, state directory.
+    - ``hello``: protocol, pid, state directory. ``environ``, ``cwd``, ``quota_bytes``, ``grace_s``: for what this client starts and stops.
     - ``start``: command, args, env, cwd, limits, owner, label, key, max_running. The job.
     - ``status``, ``signal`` (signal), ``forget``: job. The job as it is now.
     - ``stop``: job, grace (seconds; null: never kill; absent: as the server was told). The final status.
@@ -78,6 +84,10 @@ class Connection:
         self._closed = self._pumping = False
         sock.setblocking(False)
         self._events = READ
+        self._environ: "Optional[Dict[str, str]]" = None
+        self._cwd: "Optional[str]" = None
+        self._quota: "Optional[int]" = None
+        self._grace: "Any" = True
         server.loop.watch(sock.fileno(), self._ready)
 
     def _ready(self) -> None:
@@ -164,10 +174,15 @@ class Connection:
         if self._closed or self._out:
             return
         while self._changed:
-            job = self._server.find({"job": self._changed.pop()})
+            id = self._changed.pop()
+            try:
+                job = self._server.find({"job": id})
+            except NoSuchJob:  # forgotten meanwhile
+                self._unfollow(id)
+                continue
             self._tell({"job": about(job)})
-            if job.over and job.process.done.is_set():
-                self._unfollow(job.id)
+            if job.final:
+                self._unfollow(id)
         if self._watching is not None and not self._out:
             self._watching.pump()
 
@@ -198,6 +213,8 @@ class Connection:
     # requests
 
     def _do_hello(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        self._environ, self._cwd = request.get("environ"), request.get("cwd")
+        self._quota, self._grace = request.get("quota_bytes"), request.get("grace_s", True)
         return {"protocol": PROTOCOL, "pid": os.getpid(), "state_dir": self._jobs.state_dir}
 
     def _do_start(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -207,15 +224,23 @@ class Connection:
         key = request.get("key", "")
         if most is not None and self._server.running(owner) >= most and not self._jobs.started(owner, key):
             raise Refused("quota", "you have %d jobs running, which is as many as you may" % most)
-        limits = request.get("limits")
+        limits, cwd = request.get("limits"), request.get("cwd") or self._cwd
+        if max(len(request.get("label", "")), len(key)) > MOST_LABEL:
+            raise Refused("value", "a label or key of more than %d characters" % MOST_LABEL)
         try:
             id = self._jobs.start(
-                request["command"], request.get("args", ()), env=request.get("env"), cwd=request.get("cwd") or None,
-                limits=limits, owner=owner, label=request.get("label", ""), key=key,
+                request["command"], request.get("args", ()), env=request.get("env"), cwd=cwd, limits=limits, owner=owner,
+                label=request.get("label", ""), key=key, base_env=self._environ, quota_bytes=self._quota,
             )  # fmt: skip
         except OSError as error:
             if limits and error.errno == errno.ENOMEM:  # its own limit was too small to begin with
-                raise Refused("os", str(error), errno.ENOMEM) from None
+                raise Refused("os", _text(error), errno.ENOMEM) from None
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES) and error.filename == cwd:
+                raise Refused("os", _text(error) + ", the directory to run in", error.errno) from None
+            if error.errno == errno.ENOENT and os.path.exists(request["command"]):
+                raise Refused(
+                    "os", _text(error) + ": it is there, but not the interpreter that its first line names", errno.ENOENT
+                ) from None
             raise
         return {"job": about(self._jobs.job(id))}
 
@@ -239,7 +264,7 @@ class Connection:
 
     def _do_stop(self, request: "Dict[str, Any]") -> None:
         job = self._server.find(request)
-        self._jobs.begin_stop(job.id, request.get("grace", True))
+        self._jobs.begin_stop(job.id, request.get("grace", self._grace))
         self._server.when_final(job, lambda: self._tell({"re": request.get("id"), "job": about(job)}))
 
     def _do_wait(self, request: "Dict[str, Any]") -> None:
@@ -249,19 +274,21 @@ class Connection:
     def _do_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         states, after, limit = request.get("states"), request.get("after"), request.get("limit", 1000)
         found: "List[Dict[str, Any]]" = []
+        size = 0
         for job in self._jobs.jobs(request.get("owner")):
             if after is not None and [job.about["created"], job.id] <= list(after):
                 continue
             if states and job.process.status().state not in states:
                 continue
-            if len(found) == limit:
+            size += sum(map(len, job.about["args"])) + len(job.about["command"])
+            if len(found) == limit or (found and size > _LIST_BYTES):
                 return {"jobs": found, "more": True}
             found.append(about(job))
         return {"jobs": found, "more": False}
 
     def _do_follow(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         job = self._server.find(request)
-        if not (job.over and job.process.done.is_set()) and job.id not in self._followed:
+        if not job.final and job.id not in self._followed:
             self._followed[job.id] = self._jobs.subscribe(job.id, lambda: self._has_changed(job.id))
         return {"job": about(job)}
 
@@ -286,18 +313,21 @@ class Connection:
             raise Refused("value", "this connection watches a job already")
         offset = request.get("from", 0)
         if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0 or (job.over and offset > job.log.end):
-            raise Refused("offset", "the output has %d bytes, there is no offset %r" % (job.log.end, offset))
+            raise Refused("offset", _no_offset(job, offset))
         self._watching = Watching(self, job, request)
         self._watching.unsubscribe = self._jobs.subscribe(job.id, self._pump_soon)
         self._pump_soon()
 
     def _do_shutdown(self, request: "Dict[str, Any]") -> None:
-        self._server.end(request.get("grace", True), lambda: self._tell({"re": request.get("id")}))
+        self._server.end(request.get("grace", self._grace), lambda: self._tell({"re": request.get("id")}))
 
-    def watched(self, request: "Dict[str, Any]", job: Job) -> None:
+    def watched(self, request: "Dict[str, Any]", job: Job, offset: int) -> None:
         """The output is at its end."""
         self._watching = None
-        self._tell({"re": request.get("id"), "job": about(job)})
+        if job.over and offset > job.log.end:
+            self._tell({"re": request.get("id"), "error": "offset", "text": _no_offset(job, offset)})
+        else:
+            self._tell({"re": request.get("id"), "job": about(job)})
 
 
 class Watching:
@@ -314,34 +344,47 @@ class Watching:
         over = self._job.over or not self._request.get("wait", True)
         piece = self._reader.next()
         if piece is not None:
-            if piece.gap or piece.stream in self._streams:
+            if not piece.stream or piece.stream in self._streams:
                 head = [piece.stream, piece.offset, piece.time, len(piece.data), piece.gap]
                 line = json.dumps({"piece": head}).encode("ascii") + b"\n"
                 self._connection._send(*((line, piece.data) if piece.data else (line,)))
             self._connection._pump_soon()
         elif over:
             self.close()
-            self._connection.watched(self._request, self._job)
+            self._connection.watched(self._request, self._job, self._reader.offset)
 
     def close(self) -> None:
         self.unsubscribe()
         self._reader.close()
 
 
+def _no_offset(job: Job, offset: object) -> str:
+    return "the output has %d bytes, there is no offset %r" % (job.log.end, offset)
+
+
 def failure(error: BaseException) -> "Dict[str, Any]":
     """What a client is told of *error*."""
     if isinstance(error, Refused):
-        return {"error": error.code, "text": str(error)}
+        return {"error": error.code, "text": _text(error)}
     if isinstance(error, NoSuchJob):
         return {"error": "no-job", "text": NO_SUCH_JOB}
     if isinstance(error, LimitError):
-        return {"error": "limit", "text": str(error)}
+        return {"error": "limit", "text": _text(error)}
     if isinstance(error, JobError):
         return {"error": "state", "text": str(error)}
     if isinstance(error, OSError):
         code = "quota" if error.errno in SCARCE else "os"
-        return {"error": code, "text": str(error), "errno": error.errno or 0}
-    return {"error": "value", "text": "%s" % error if isinstance(error, ValueError) else "%s: %s" % (type(error).__name__, error)}
+        return {"error": code, "text": _text(error), "errno": error.errno or 0}
+    return {
+        "error": "value",
+        "text": _text(error) if isinstance(error, ValueError) else "%s: %s" % (type(error).__name__, _text(error)),
+    }
+
+
+def _text(error: BaseException) -> str:
+    """What *error* says; a long word of the client's in it is cut."""
+    text = str(error)
+    return text if len(text) <= _TEXT else text[: _TEXT // 2] + " [...] " + text[-_TEXT // 4 :]
 
 
 def signals() -> "Set[int]":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .supervisor import Job
 
-SOCKET, LOCK, LOG = "socket", "lock", "supervisor.log"
+SOCKET = "socket"
 _LINGER_S = 3.0
 
 
@@ -35,8 +35,7 @@ class JobServer:
     """The supervisor of *state_dir* and its socket. `serve` returns when it is over. Raises `OSError`."""
 
     def __init__(self, state_dir: str, lock: int, **options: "Any") -> None:
-        self._lock = lock
-        self.jobs = Supervisor(state_dir, **options)
+        self.jobs = Supervisor(state_dir, lock=lock, **options)
         self.loop = self.jobs.loop
         self._connections: "Set[Connection]" = set()
         self.ending = False
@@ -71,12 +70,12 @@ class JobServer:
 
     def when_final(self, job: Job, action: "Callable[[], None]") -> None:
         """Call *action* once when the job's end is known, now if it is."""
-        if job.process.done.is_set():
+        if job.final:
             action()
             return
 
         def look() -> None:
-            if job.process.done.is_set():
+            if job.final:
                 unsubscribe()
                 action()
 
@@ -107,7 +106,7 @@ class JobServer:
             self.loop.later(_LINGER_S, self._end_if_idle)
 
     def _end_if_idle(self) -> None:
-        running = [job for job in self.jobs.jobs() if not (job.over and job.process.done.is_set())]
+        running = [job for job in self.jobs.jobs() if not job.final]
         if not self._connections and not self.loop.closed:
             if not running:
                 self.loop.stop()
@@ -118,12 +117,12 @@ class JobServer:
     def end(self, grace: "Any", then: "Callable[[], None]") -> None:
         """Stop all jobs, call *then* when they are over, and end."""
         self.ending = True
-        running = [job for job in self.jobs.jobs() if not (job.over and job.process.done.is_set())]
+        running = [job for job in self.jobs.jobs() if not job.final or job.leftover is not None]
         for job in running:
             self.jobs.begin_stop(job.id, grace)
 
         def look() -> None:
-            if not self.loop.closed and all(job.over and job.process.done.is_set() for job in running):
+            if not self.loop.closed and all(job.final for job in running):
                 then()
                 self.loop.later(0, self.loop.stop)
 
@@ -146,11 +145,6 @@ class JobServer:
         empty = not self.jobs.jobs()
         self.jobs.close()
         if empty:
-            for name in (LOG, LOCK):
-                try:
-                    os.unlink(os.path.join(self.jobs.state_dir, name))
-                except OSError:
-                    pass
             jobstate.remove_all(self.jobs.state_dir)
 
 
@@ -160,24 +154,6 @@ def short_path(at: int, state_dir: str) -> str:
     return path if len(os.fsencode(path)) < 100 else "/proc/self/fd/%d/%s" % (at, SOCKET)
 
 
-def lock_of(state_dir: str) -> int:
-    """A descriptor that holds the directory's lock, or -1 while another process serves it. Raises `OSError`."""
-    import fcntl
-
-    while True:
-        fd = os.open(os.path.join(state_dir, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_ino == os.stat(os.path.join(state_dir, LOCK)).st_ino:
-                return fd
-        except FileNotFoundError:
-            pass  # the last server of an empty directory has removed it: another one is made
-        except BlockingIOError:
-            os.close(fd)
-            return -1
-        os.close(fd)
-
-
 def main(options: "Dict[str, Any]") -> None:
     """The server's life, in its own session, with nobody's streams. Says on descriptor 1 how it went; never returns."""
     status = 1
@@ -185,16 +161,22 @@ def main(options: "Dict[str, Any]") -> None:
         state_dir = os.path.abspath(options["state_dir"])
         os.makedirs(state_dir, 0o700, exist_ok=True)
         os.chmod(state_dir, 0o700)
-        lock = lock_of(state_dir)
+        lock = jobstate.lock_of(state_dir)
         if lock < 0:
             os.write(1, b'{"error": "locked"}\n')
             os._exit(0)
-        log = os.open(os.path.join(state_dir, LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        log = os.open(os.path.join(state_dir, jobstate.LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         os.ftruncate(log, 0)
         os.dup2(log, 2)
         server = JobServer(state_dir, lock, **options.get("supervisor", {}))
         signal.signal(signal.SIGTERM, lambda number, frame: server.loop.later(0, lambda: server.end(True, lambda: None)))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for each in signal.valid_signals():  # what is ignored here, as in a shell's background, would be in every job
+            if each != signal.SIGPIPE and (each == signal.SIGHUP or signal.getsignal(each) is signal.SIG_IGN):
+                try:
+                    signal.signal(each, lambda number, frame: None)
+                except (OSError, ValueError):
+                    pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.write(1, b'{"pid": %d}\n' % os.getpid())
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)

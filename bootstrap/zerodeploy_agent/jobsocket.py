@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Dict, Optional, Tuple
 
-MODULES = ("__init__", "cgroups", "foundprocess", "importer", "jobrequests", "jobserver", "jobstate", "limits", "loop", "outputlog", "processes",
+MODULES = ("__init__", "cgroups", "foundprocess", "importer", "job", "jobrequests", "jobserver", "jobstate", "leftover", "limits", "loop", "outputlog", "processes",
            "supervisor")  # fmt: skip
 _RETRY_S = 0.02
 _WAIT_S = 10.0
@@ -45,7 +45,8 @@ def connect(state_dir: str, options: "Optional[Dict[str, Any]]" = None, *, relea
     """A connection to the supervisor of *state_dir*, and what it said for hello. It is started if there is none.
 
     Args:
-        options: of `Supervisor`, for a new one.
+        options: of `Supervisor`, for a new one; ``grace_s`` and ``quota_bytes`` count for what is asked over this connection, as do
+            environment and working directory of this process.
         released: a new one belongs to no deployment: the end of the one that it is started from does not end it.
         start: False: `FileNotFoundError` where there is none.
 
@@ -56,7 +57,11 @@ def connect(state_dir: str, options: "Optional[Dict[str, Any]]" = None, *, relea
     state_dir = os.path.abspath(state_dir)
     while True:
         try:
-            return _hello(state_dir, max(0.1, until - time.monotonic()))
+            return _hello(
+                state_dir,
+                max(0.1, until - time.monotonic()),
+                {**(options or {}), "environ": _environment(released), "cwd": _here()},
+            )
         except socket.timeout:  # noqa: UP041  another one than TimeoutError before 3.10
             raise SupervisorError("the supervisor of %s does not answer" % state_dir) from None
         except (FileNotFoundError, ConnectionError):
@@ -68,13 +73,15 @@ def connect(state_dir: str, options: "Optional[Dict[str, Any]]" = None, *, relea
         if said.get("error") != "locked":
             raise SupervisorError("no supervisor can be started for %s: %s" % (state_dir, said.get("text", "it ended at once")))
         if time.monotonic() > until:
-            raise SupervisorError("another process holds %s/%s, and nobody answers" % (state_dir, jobserver.LOCK))
+            raise SupervisorError("another process holds %s/%s, and nobody answers" % (state_dir, jobstate.LOCK))
         time.sleep(_RETRY_S)  # it is just starting, or ending
 
 
 def users_dir() -> str:
     """Where the user's own jobs are, which belong to no deployment (XDG Base Directory Specification)."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    base = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.join(os.path.expanduser("~"), ".local", "state")
     return os.path.join(base, "zerodeploy", "jobs")
 
 
@@ -83,7 +90,24 @@ def has_jobs(state_dir: str) -> bool:
     return os.path.exists(os.path.join(state_dir, "jobs", jobstate.JOURNAL))
 
 
-def _hello(state_dir: str, timeout: float) -> "Tuple[socket.socket, Dict[str, Any]]":
+def _here() -> "Optional[str]":
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
+
+
+def _environment(released: bool) -> "Dict[str, str]":
+    """Of what is started from here. Without our marks where it is to outlive us."""
+    environment = dict(os.environ)
+    if released:
+        for name in _OURS:
+            environment.pop(name, None)
+        environment[RELEASED] = "1"
+    return environment
+
+
+def _hello(state_dir: str, timeout: float, settings: "Dict[str, Any]") -> "Tuple[socket.socket, Dict[str, Any]]":
     at = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -91,7 +115,7 @@ def _hello(state_dir: str, timeout: float) -> "Tuple[socket.socket, Dict[str, An
             raise SupervisorError("%s belongs to somebody else" % state_dir)
         sock.settimeout(timeout)
         sock.connect(jobserver.short_path(at, state_dir))
-        sock.sendall(b'{"id": 0, "do": "hello"}\n')
+        sock.sendall(json.dumps(dict(settings, id=0, do="hello")).encode("ascii") + b"\n")
         answer = b""
         while not answer.endswith(b"\n"):
             data = sock.recv(4096)
@@ -117,11 +141,7 @@ def _start(state_dir: str, options: "Dict[str, Any]", released: bool) -> "Dict[s
         module = __package__ if name == "__init__" else "%s.%s" % (__package__, name)
         files["zerodeploy_agent/%s.py" % name] = _source(str(module))
     given = json.dumps({"files": files, "options": {"state_dir": state_dir, "supervisor": options}}).encode("ascii")
-    environment = dict(os.environ)
-    if released:
-        for name in _OURS:
-            environment.pop(name, None)
-        environment[RELEASED] = "1"
+    environment = _environment(released)
     python = sys.executable or "/proc/self/exe"
     process = subprocess.Popen([python, "-I", "-S", "-X", "utf8", "-c", _BOOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env=environment, start_new_session=True)  # fmt: skip

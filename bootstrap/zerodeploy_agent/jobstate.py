@@ -14,6 +14,7 @@ import threading
 import time
 
 from .foundprocess import Ended, Found, boot_id
+from .job import Job
 from .outputlog import OutputLog
 from .processes import LOST, RUNNING, STOPPING, Status
 
@@ -21,9 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional
 
-    from .supervisor import Job
-
 JOURNAL = "journal"
+LOCK, LOG = "lock", "supervisor.log"
 _ID = re.compile("[0-9a-f]{32}")
 _SMALL_BYTES = 1 << 20  # a journal up to that size is not worth writing anew
 
@@ -118,19 +118,20 @@ def _line(job: Job, *, started: bool) -> bytes:
         state["about"] = job.about
     if job.log.end:
         state["counts"] = {str(stream): count for stream, count in job.log.counts.items()}
-        state["dropped"], state["dropped_at"] = job.log.dropped, job.log.dropped_at
+        state["dropped"], state["dropped_at"], state["dropped_of"] = job.log.dropped, job.log.dropped_at, job.log.dropped_of
+    if job.reason:
+        state["reason"] = job.reason
     return json.dumps(state).encode("ascii") + b"\n"
 
 
 def _job(path: str, state: "Dict[str, Any]") -> "Optional[Job]":
-    from .supervisor import Job
-
     try:
         status = Status(**state["status"])
         about = dict(state["about"])
         about["owner"] + "", about["command"] + "", about["created"] + 0.0, about["start"] + "", status.pid + 0
         log = OutputLog(path)
         log.dropped, log.dropped_at = int(state.get("dropped", 0)), float(state.get("dropped_at", 0.0))
+        log.dropped_of = int(state.get("dropped_of", 0))
         if "counts" in state:
             log.counts = {int(stream): int(count) for stream, count in state["counts"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -141,7 +142,9 @@ def _job(path: str, state: "Dict[str, Any]") -> "Optional[Job]":
     elif status.state == STOPPING:
         status.state = RUNNING
     process = Found(status, str(about["start"])) if not status.final else Ended(status)
-    return Job(os.path.basename(path), path, about, process, log)
+    job = Job(os.path.basename(path), path, about, process, log)
+    job.reason = str(state.get("reason", ""))
+    return job
 
 
 def remove_output(folder: str) -> None:
@@ -169,8 +172,31 @@ def remove_all(state_dir: str) -> None:
             remove_output(os.path.join(folder, name))
         elif name in (JOURNAL, JOURNAL + ".new"):
             os.unlink(os.path.join(folder, name))
+    for name in (LOG, LOCK):
+        try:
+            os.unlink(os.path.join(state_dir, name))
+        except OSError:
+            pass
     for path in (folder, state_dir):
         try:
             os.rmdir(path)
         except OSError:
             pass
+
+
+def lock_of(state_dir: str) -> int:
+    """A descriptor that holds the directory's lock, or -1 while another process serves it. Raises `OSError`."""
+    import fcntl
+
+    while True:
+        fd = os.open(os.path.join(state_dir, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_ino == os.stat(os.path.join(state_dir, LOCK)).st_ino:
+                return fd
+        except FileNotFoundError:
+            pass  # the last server of an empty directory has removed it: another one is made
+        except BlockingIOError:
+            os.close(fd)
+            return -1
+        os.close(fd)

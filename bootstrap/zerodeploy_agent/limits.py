@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 RLIMITS = {"memory_bytes": "RLIMIT_AS", "open_files": "RLIMIT_NOFILE", "cpu_seconds": "RLIMIT_CPU"}
 #: by name, the controller of cgroup v2 that enforces it
 CONTROLLERS = {"memory_bytes": "memory", "cpus": "cpu", "pids": "pids", "io_bytes_per_s": "io"}
+SPARE_FDS = 64  # of the soft limit, before it is raised
 
 
 class LimitError(Exception):
@@ -32,7 +33,7 @@ class Enforced:
         wanted: "Dict[str, float]" = {}
         missing = ""
         for limit, value in limits.items():
-            _check(limit, value)
+            value = _checked(limit, value)
             controller = CONTROLLERS.get(limit)
             if controller is not None and cgroups is not None:
                 missing = cgroups.missing(controller)
@@ -92,17 +93,43 @@ class Enforced:
                 pass
 
 
-def _check(limit: str, value: float) -> None:
+def _checked(limit: str, value: float) -> float:
     if limit not in RLIMITS and limit not in CONTROLLERS:
         raise LimitError("the limit %s is not known" % limit)
     if limit == "cpus":
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.001 <= value < 1e6:
             raise LimitError("the limit cpus is a number of 0.001 or more, not %r" % (value,))
-    else:
-        whole_number(limit, value)
+        return value
+    return whole_number(limit, value)
 
 
-def whole_number(limit: str, value: object) -> None:
-    """Raises `LimitError` for anything else."""
+def whole_number(limit: str, value: object) -> int:
+    """*value* as one. Raises `LimitError` for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 63:
         raise LimitError("the limit %s is a whole number above 0 and below 2**63, not %r" % (limit, value))
+    return value
+
+
+class Descriptors:
+    """Room for the descriptors of many jobs: the soft limit (RLIMIT_NOFILE) is raised once it is needed.
+
+    What is started from then on has the limit from before set again, which takes a fork in place of a vfork.
+    """
+
+    def __init__(self) -> None:
+        self._before: "Optional[int]" = None
+
+    def before_a_start(self) -> "Optional[int]":
+        """The limit that the next child has to set for itself, or None."""
+        if self._before is None:
+            import resource
+
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            fd = os.open(os.devnull, os.O_RDONLY)  # the lowest free one: below it all are in use
+            os.close(fd)
+            if fd + SPARE_FDS > soft and soft != hard:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                self._before = soft
+        return self._before

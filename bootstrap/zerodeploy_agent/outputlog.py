@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Piece:
     """Some output: ``data`` of one ``stream``, ``offset`` of its first byte, ``time`` when it was read (seconds since 1970).
 
-    A gap has no data: ``gap`` bytes from ``offset`` on were dropped.
+    A gap has no data: ``gap`` bytes from ``offset`` on were dropped. Its stream is 0 where it is of both.
     """
 
     __slots__ = ("data", "gap", "offset", "stream", "time")
@@ -64,6 +64,7 @@ class OutputLog:
         self.counts = {STDOUT: 0, STDERR: 0}
         self.dropped = 0
         self.dropped_at = 0.0
+        self.dropped_of = 0  # a bit for each stream
         if os.path.isdir(folder):
             self._recover()
 
@@ -108,6 +109,7 @@ class OutputLog:
         if taken < len(data):
             self.counts[stream] += len(data) - taken
             self.dropped_at = self.dropped_at or now
+            self.dropped_of |= stream
             self.dropped += len(data) - taken
 
     def _write(self, data: bytes) -> int:
@@ -151,11 +153,11 @@ class LogView:
 
     def __init__(self, folder: str) -> None:
         self.paths = log_paths(folder)
-        self.kept = self.entries = self.dropped = 0
+        self.kept = self.entries = self.dropped = self.dropped_of = 0
         self.dropped_at = 0.0
 
-    def tell(self, kept: int, entries: int, dropped: int, dropped_at: float) -> None:
-        self.kept, self.entries, self.dropped, self.dropped_at = kept, entries, dropped, dropped_at
+    def tell(self, kept: int, entries: int, dropped: int, dropped_at: float, dropped_of: int) -> None:
+        self.kept, self.entries, self.dropped, self.dropped_at, self.dropped_of = kept, entries, dropped, dropped_at, dropped_of
 
     @property
     def end(self) -> int:
@@ -179,7 +181,13 @@ class Reader:
             dropped = log.dropped
             if offset >= kept + dropped or log.kept != kept:
                 return None
-            piece = Piece(STDOUT, b"", offset, log.dropped_at, gap=kept + dropped - offset)
+            piece = Piece(
+                log.dropped_of if log.dropped_of in (STDOUT, STDERR) else 0,
+                b"",
+                offset,
+                log.dropped_at,
+                gap=kept + dropped - offset,
+            )
         else:
             for path in log.paths[len(self._fds) :]:
                 self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))

@@ -13,8 +13,10 @@ import time
 
 from . import jobstate
 from .cgroups import Cgroups
-from .foundprocess import Found, boot_id, start_of
-from .limits import Enforced, LimitError, whole_number
+from .foundprocess import boot_id, start_of
+from .job import Job, JobError, NoSuchJob, OffsetError
+from .leftover import Leftover
+from .limits import Descriptors, Enforced, LimitError, whole_number
 from .loop import Loop
 from .outputlog import STDERR, STDOUT, OutputLog, Reader
 from .processes import Process, Status
@@ -33,43 +35,6 @@ _DRAIN_S = 2.0  # for what is left in the pipes when the leader has ended: a gra
 _READ_BYTES = 1 << 18
 _RECHECK_S = 0.01
 _ROUNDS = 4  # reads of one pipe before the others get their turn
-_SPARE_FDS = 64
-
-
-class JobError(Exception):
-    """Something is wrong with what was asked about a job."""
-
-
-class NoSuchJob(JobError, KeyError):
-    """There is no job of that id."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class OffsetError(JobError, ValueError):
-    """An offset behind the end of a job that has ended."""
-
-
-class Job:
-    """One job, as the supervisor keeps it. ``changed`` is notified at output and at the end."""
-
-    def __init__(self, id: str, folder: str, about: "Dict[str, Any]", process: "Union[Process, Found]", log: OutputLog) -> None:
-        self.id, self.folder, self.about, self.process, self.log = id, folder, about, process, log
-        self.pipes: "Dict[int, int]" = {}  # descriptor to stream
-        self.changed = threading.Condition(threading.Lock())
-        self.callbacks: "Dict[int, Callable[[], None]]" = {}
-        self.over = False  # ended, and its pipes are drained
-        self.grace: "Optional[float]" = None
-        self.stopping = self.exited = False
-
-    def tell(self) -> None:
-        """Something has changed."""
-        with self.changed:
-            self.changed.notify_all()
-            callbacks = list(self.callbacks.values())
-        for callback in callbacks:
-            callback()
 
 
 class Supervisor:
@@ -81,10 +46,12 @@ class Supervisor:
             Default: a new directory under the temp dir, which is gone after `close`.
         quota_bytes: of each job's output; a job's own ``output_bytes`` limit may be lower.
         grace_s: between SIGTERM and SIGKILL, where `stop` is not told otherwise.
+
+    Raises `JobError` when another supervisor uses the directory.
     """
 
     def __init__(self, state_dir: "Optional[str]" = None, *, quota_bytes: int = QUOTA_BYTES,
-                 grace_s: "Optional[float]" = GRACE_S) -> None:  # fmt: skip
+                 grace_s: "Optional[float]" = GRACE_S, lock: int = -1) -> None:  # fmt: skip
         self._temporary = state_dir is None
         if state_dir is None:
             import tempfile
@@ -94,6 +61,9 @@ class Supervisor:
         self._folder = os.path.join(self.state_dir, "jobs")
         os.makedirs(self._folder, 0o700, exist_ok=True)
         os.chmod(self.state_dir, 0o700)
+        self._lock_fd = lock if lock >= 0 else jobstate.lock_of(self.state_dir)
+        if self._lock_fd < 0:
+            raise JobError("another supervisor uses %s" % self.state_dir)
         self._quota, self._grace = quota_bytes, grace_s
         self._jobs: "Dict[str, Job]" = {}  # the oldest first
         self._keys: "Dict[Tuple[str, str], str]" = {}
@@ -106,6 +76,7 @@ class Supervisor:
         self._thread: "Optional[threading.Thread]" = None
         self._running = threading.Lock()
         self._starting = threading.Lock()  # of jobs with a key
+        self._serving = 0
         self._journal = jobstate.Journal(self._folder, self.jobs)
         for job in self._journal.load():
             self._add(job)
@@ -118,30 +89,34 @@ class Supervisor:
     # for callers, in any thread
 
     def start(self, cmd: str, args: "Sequence[str]" = (), *, env: "Optional[Mapping[str, str]]" = None, cwd: "Optional[str]" = None,
-              limits: "Optional[Mapping[str, float]]" = None, owner: str = "", label: str = "", key: str = "") -> str:  # fmt: skip
+              limits: "Optional[Mapping[str, float]]" = None, owner: str = "", label: str = "", key: str = "",
+              base_env: "Optional[Mapping[str, str]]" = None, quota_bytes: "Optional[int]" = None) -> str:  # fmt: skip
         """Start a job; gives its id, which nobody can guess.
 
         Args:
             limits: ``memory_bytes``, ``open_files``, ``cpu_seconds``, ``cpus``, ``pids``, ``io_bytes_per_s``, see `Enforced`;
                 ``wall_seconds`` (then it is stopped); ``output_bytes`` (see `OutputLog`).
             key: a second start of the same *owner* with the same key gives the id of the first, and starts nothing.
+            base_env: what *env* is added to, and whose PATH finds the command; default: this process's environment.
+            quota_bytes: in place of the supervisor's.
 
         Raises:
             OSError: the command can't be started, with errno; there is no job.
             LimitError: a limit that can't be enforced. ValueError: an empty command, a NUL in it.
         """
         self._serve()
+        options = {"env": env, "cwd": cwd, "base_env": base_env}
+        about = {"command": cmd, "args": list(args), "owner": owner, "label": label, "key": key, "created": time.time()}
+        most = self._quota if quota_bytes is None else quota_bytes
         if not key:
-            return self._start(cmd, args, env, cwd, dict(limits or {}), owner, label, key)
+            return self._start(about, options, dict(limits or {}), most)
         with self._starting:
-            return self._keys.get((owner, key)) or self._start(cmd, args, env, cwd, dict(limits or {}), owner, label, key)
+            return self._keys.get((owner, key)) or self._start(about, options, dict(limits or {}), most)
 
-    def _start(self, cmd: str, args: "Sequence[str]", env: "Optional[Mapping[str, str]]", cwd: "Optional[str]",
-               limits: "Dict[str, Any]", owner: str, label: str, key: str) -> str:  # fmt: skip
+    def _start(self, about: "Dict[str, Any]", options: "Dict[str, Any]", limits: "Dict[str, Any]", most: int) -> str:
         wall, quota = limits.pop("wall_seconds", None), limits.pop("output_bytes", None)
-        for name, value in (("wall_seconds", wall), ("output_bytes", quota)):
-            if value is not None:
-                whole_number(name, value)
+        wall = None if wall is None else whole_number("wall_seconds", wall)
+        quota = None if quota is None else whole_number("output_bytes", quota)
         id = os.urandom(16).hex()
         if limits and self._cgroups is None:
             self._cgroups = Cgroups()
@@ -151,8 +126,10 @@ class Supervisor:
         try:
             opened += os.pipe()
             opened += os.pipe()
-            process = Process(cmd, args, env=env, cwd=cwd, limits=enforced, stdout=opened[1], stderr=opened[3])
-            log = OutputLog(os.path.join(self._folder, id), min(quota or self._quota, self._quota))
+            process = Process(
+                about["command"], about["args"], **options, limits=enforced, stdout=opened[1], stderr=opened[3], supervised=True
+            )
+            log = OutputLog(os.path.join(self._folder, id), min(quota or most, most))
             process.start()
         except BaseException:
             enforced.remove()
@@ -161,8 +138,7 @@ class Supervisor:
             raise
         os.close(opened[1])
         os.close(opened[3])
-        about = {"command": cmd, "args": list(args), "owner": owner, "label": label, "created": time.time(),
-                 "start": start_of(process.status().pid), "boot": boot_id(), "key": key, "wall": wall}  # fmt: skip
+        about.update(start=start_of(process.status().pid), boot=boot_id(), wall=wall)
         job = Job(id, os.path.join(self._folder, id), about, process, log)
         for fd, stream in ((opened[0], STDOUT), (opened[2], STDERR)):
             os.set_blocking(fd, False)
@@ -171,7 +147,7 @@ class Supervisor:
             self._journal.save(job, started=True)
         except OSError:  # without its state it could not be found again
             process.signal(9)
-            process.wait()
+            process.reap()
             enforced.remove()
             for fd in job.pipes:
                 os.close(fd)
@@ -187,7 +163,8 @@ class Supervisor:
     def _watch_time(self, job: Job) -> None:
         wall = job.about.get("wall")
         if wall is not None:
-            self.loop.later(max(0.0, job.about["created"] + wall - time.time()), lambda: self._ask_to_stop(job, self._grace))
+            why = "its wall_seconds (%d) were over" % wall
+            self.loop.later(max(0.0, job.about["created"] + wall - time.time()), lambda: self._ask_to_stop(job, self._grace, why))
 
     def _add(self, job: Job) -> None:
         with self._lock:
@@ -227,6 +204,8 @@ class Supervisor:
     def stop(self, id: str, grace: "Union[float, None, bool]" = True, timeout: "Optional[float]" = None) -> Status:
         """SIGTERM to the job's process group, SIGKILL after *grace* seconds (None: never); waits for the final status.
 
+        Of a job whose leader has ended it is for those of its group that are left.
+
         Members of the group that outlive its leader are killed after the grace as well, whether or not somebody waits; with a
         grace they are waited for.
         Raises `TimeoutError` after *timeout* seconds; the job ends all the same.
@@ -235,6 +214,8 @@ class Supervisor:
         until = None if timeout is None else time.monotonic() + timeout
         with job.changed:
             while not job.process.done.is_set():
+                if self._closed:
+                    raise JobError("the supervisor was closed while the job %s ran" % id)
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError("the job runs on")
@@ -272,14 +253,20 @@ class Supervisor:
                 with job.changed:
                     if reader.offset < job.log.end:
                         continue
+                    if job.over and reader.offset > job.log.end:
+                        raise OffsetError("the output has %d bytes, there is no offset %d" % (job.log.end, reader.offset))
                     if job.over:
                         return
+                    if self._closed:
+                        raise JobError("the supervisor was closed while the job %s ran" % job.id)
                     job.changed.wait()
         finally:
             reader.close()
 
     def get_output(self, id: str, from_offset: int = 0) -> "Iterator[Piece]":
-        """What is there now, without waiting for more."""
+        """What is there now, without waiting for more. Raises `OffsetError` for a negative offset."""
+        if from_offset < 0:
+            raise OffsetError("there is no offset %d" % from_offset)
         reader = Reader(self.job(id).log, from_offset)
         try:
             while True:
@@ -301,8 +288,15 @@ class Supervisor:
     def forget(self, id: str) -> None:
         """Remove a job that has ended, and its output. Raises `JobError` while it runs."""
         job = self.job(id)
-        if not job.over:
-            raise JobError("the job runs")
+        if not job.process.done.is_set():
+            raise JobError("the job %s runs: stop it first" % id)
+        if not job.over:  # a grandchild holds its pipes
+            if threading.get_ident() == self._serving:
+                self._end_drain(job)
+            else:
+                self.loop.later(0, lambda: self._end_drain(job))
+                with job.changed:
+                    job.changed.wait_for(lambda: job.over or self._closed)
         with self._lock:
             self._jobs.pop(id, None)
             self._keys.pop((job.about["owner"], job.about.get("key", "")), None)
@@ -311,6 +305,7 @@ class Supervisor:
     def run(self) -> None:
         """Serve in this thread until `close`. Without it the first call that needs one starts a thread."""
         with self._running:
+            self._serving = threading.get_ident()
             self.loop.run()
 
     def close(self, grace: "Union[float, None, bool]" = None, *, stop_jobs: bool = False) -> None:
@@ -330,10 +325,14 @@ class Supervisor:
                 for fd in list(job.pipes):
                     self._drop_pipe(job, fd)
                 job.log.let_go()
+                if job.leftover is not None:
+                    job.leftover.close()
+                job.tell()
             self.loop.close()
             self._journal.close()
             if self._cgroups is not None:
                 self._cgroups.close()
+            os.close(self._lock_fd)
             if self._temporary:
                 jobstate.remove_all(self.state_dir)
 
@@ -405,9 +404,28 @@ class Supervisor:
 
     def _reaped(self, job: Job) -> None:
         job.process.reap()
+        if isinstance(job.process, Process):
+            leftover = Leftover(job.process.status().pid)
+            if leftover.descriptors:
+                job.leftover = leftover
+                self._watch_leftover(job, leftover)
         if job.over:  # what was written to the state lacks the usage
             self._save_end(job)
         job.tell()
+
+    def _watch_leftover(self, job: Job, leftover: Leftover) -> None:
+        for fd in leftover.descriptors:
+            self.loop.watch(fd, lambda: self._look_at_leftover(job, leftover))
+
+    def _look_at_leftover(self, job: Job, leftover: Leftover) -> None:
+        """One of them has ended: who is left?"""
+        for fd in leftover.descriptors:
+            self.loop.unwatch(fd)
+        if leftover.look():
+            self._watch_leftover(job, leftover)
+        else:
+            job.leftover = None
+            job.tell()
 
     def _end_drain(self, job: Job) -> None:
         for fd, stream in list(job.pipes.items()):
@@ -430,39 +448,29 @@ class Supervisor:
         except OSError:
             pass  # the next supervisor will call it lost
 
-    def _ask_to_stop(self, job: Job, grace: "Optional[float]") -> None:
+    def _ask_to_stop(self, job: Job, grace: "Optional[float]", reason: str = "") -> None:
         with job.changed:
-            if job.exited:
-                return
-            job.stopping, job.grace = True, grace
-        if job.process.stop() and grace is not None:
+            if not job.exited:
+                job.stopping, job.grace = True, grace
+            leftover = job.leftover
+        if job.exited:
+            if leftover is not None and leftover.signal(15):
+                leftover.signal(18)
+                if grace is not None:
+                    leftover.stopping = True
+                    self.loop.later(grace, lambda: self._kill_leftover(leftover))
+            return
+        if reason and not job.reason and not job.process.status().stopped_by_request:
+            job.reason = reason
+        if job.process.stop(by_request=not reason) and grace is not None:
             self.loop.later(grace, lambda: self._kill(job))
         job.tell()
+
+    @staticmethod
+    def _kill_leftover(leftover: Leftover) -> None:
+        leftover.signal(9)
 
     def _kill(self, job: Job) -> None:
         job.process.signal(9)
         if job.exited and not job.process.done.is_set():
             self._reaped(job)
-
-
-class Descriptors:
-    """Room for the descriptors of many jobs: the soft limit (RLIMIT_NOFILE) is raised once it is needed.
-
-    What is started from then on has the limit from before set again, which takes a fork in place of a vfork.
-    """
-
-    def __init__(self) -> None:
-        self._before: "Optional[int]" = None
-
-    def before_a_start(self) -> "Optional[int]":
-        """The limit that the next child has to set for itself, or None."""
-        if self._before is None:
-            import resource
-
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            fd = os.open(os.devnull, os.O_RDONLY)  # the lowest free one: below it all are in use
-            os.close(fd)
-            if fd + _SPARE_FDS > soft and soft != hard:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-                self._before = soft
-        return self._before

@@ -318,7 +318,13 @@ def jobs(record: Callable[[dict[str, object]], None], rounds: int = 3) -> None:
                     theirs,
                 )
                 theirs = peer.read("big") / 1e6 if peer else None
-                row("a whole log (64 MiB; supervisord: 2)", asyncio.run(throughput(folder, port, 1, 64 * MIB, False)) / 1e6, "MB/s", "", theirs)
+                row(
+                    "a whole log (64 MiB; supervisord: 2)",
+                    asyncio.run(throughput(folder, port, 1, 64 * MIB, False)) / 1e6,
+                    "MB/s",
+                    "",
+                    theirs,
+                )
             finally:
                 if peer:
                     peer.close()

@@ -113,11 +113,11 @@ class Service:
                 while not followed.lost:
                     news = followed.changed()
                     job = followed.job
-                    shape = (job["state"], job["stopped_by_request"], job["reaped"])
+                    shape = (job["state"], job["stopped_by_request"], job["final"])
                     if shape != told:
                         told = shape
                         await stream.send_message(status_message(job))
-                    if job["reaped"]:
+                    if job["final"]:
                         return
                     if followed.job is job:
                         await news
@@ -182,7 +182,7 @@ def _next(followed: Followed, reader: Reader, streams: frozenset[int]) -> bytes 
     piece = reader.next(_PIECE_BYTES)
     if piece is None:
         return None
-    data = _encoded(piece) if piece.gap or piece.stream in streams else b""
+    data = _encoded(piece) if not piece.stream or piece.stream in streams else b""
     if followed.users > 1:
         while len(followed.encoded) >= _SHARED:
             del followed.encoded[next(iter(followed.encoded))]
@@ -213,7 +213,7 @@ def status_message(job: dict[str, Any]) -> Any:
     """A JobStatus of what the supervisor has told."""
     message = make(
         "JobStatus", id=job["id"], state=STATES.index(job["state"]), owner=job["owner"], command=job["command"], args=job["args"],
-        label=job["label"], pid=job["pid"], core_dumped=job["core_dumped"], stopped_by_request=job["stopped_by_request"],
+        label=job["label"], pid=job["pid"], error=job["error"], core_dumped=job["core_dumped"], stopped_by_request=job["stopped_by_request"],
         stdout_bytes=job["stdout_bytes"], stderr_bytes=job["stderr_bytes"], dropped_bytes=job["dropped_bytes"],
     )  # fmt: skip
     for name in ("exit_code", "signal"):
@@ -224,8 +224,6 @@ def status_message(job: dict[str, Any]) -> Any:
             _set_time(getattr(message, name), job[name])
     for name, value in job["usage"].items():
         setattr(message.usage, name, value)
-    if job["state"] == "lost":
-        message.error = "the supervisor that started it is gone: nobody knows how it ended"
     return message
 
 
