@@ -135,7 +135,7 @@ def test_what_the_server_refuses(gproc, server):
     assert texts == {f"gproc: localhost:{server.port}: no such job\n"}
     done = gproc("start", "zd-no-such")
     assert (done.returncode, done.stdout) == (1, b"") and b"[Errno 2] No such file or directory: 'zd-no-such'" in done.stderr
-    done = gproc("start", "--limit", "open_files=9999999999", "true")
+    done = gproc("start", "--limit", "open_files=9e9", "true")
     assert done.returncode == 1 and b"open_files" in done.stderr
     assert json.loads(gproc("--json", "status", "x").stderr)["error"] == "NoSuchJob"
 
@@ -149,6 +149,27 @@ def test_usage(gproc, words):
     done = gproc(*words)
     assert done.returncode in (1, 2) and done.stderr and b"Traceback" not in done.stderr
     assert done.returncode == 2 or words[:1] == ("stop",)
+
+
+def test_what_is_listed_moves_no_cursor(gproc):
+    id = gproc.id("--label", "a\x1b]0;x\x07b", "echo", "\x1b[2J", "a\nb")
+    line = next(line for line in gproc("list").stdout.decode().splitlines() if line.startswith(id))
+    assert line.isprintable() and "\\x1b[2J" in line and "(a\\x1b]0;x\\x07b)" in line
+    assert all(line.isprintable() for line in gproc("status", id).stdout.decode().splitlines())
+
+
+def test_the_environment_of_a_job(gproc):
+    options = {"env": environment(ZD_SECRET="from here")}
+    done = subprocess.run(
+        [*GPROC, *gproc.options, "start", "-l", "-e", "ZD_SECRET", "-e", "B=c=d", "sh", "-c", "echo $ZD_SECRET $B"],
+        capture_output=True,
+        **options,
+    )
+    assert done.stdout == b"from here c=d\n"
+    done = gproc("start", "-e", "ZD_NOT_THERE", "true")
+    assert done.returncode == 2 and b"there is no ZD_NOT_THERE" in done.stderr
+    done = gproc("start", b"echo", b"\xff")
+    assert done.returncode == 2 and b"no UTF-8" in done.stderr
 
 
 def test_help(gproc):
@@ -227,7 +248,7 @@ def test_no_connection(server, change, status, said):
 def test_a_server_and_a_client_of_other_authorities(server, tmp_path):
     other = make_pki(tmp_path)
     gproc = Gproc(server)
-    for option, said in (("--cacert", "certificate is not good"), ("both", "does not accept this client certificate")):
+    for option, said in (("--cacert", "certificate is not good"), ("both", "does not accept the certificate")):
         given = dict(each.split("=", 1) for each in gproc.options)
         given |= (
             {"--cacert": f"{other}/ca.crt"}

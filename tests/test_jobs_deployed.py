@@ -65,6 +65,16 @@ def test_errors(deploy):
     for bad in ({"a=b": "x"}, {"": "x"}, {"a": "\0"}):
         with pytest.raises(UsageError, match="env"):
             server.jobs.start(["true"], env=bad)
+    for bad in (
+        {"argv": ["echo", 1]},
+        {"argv": ["true"], "cwd": 3},
+        {"argv": ["true"], "env": {"A": 1}},
+        {"argv": ["true"], "limits": "abc"},
+    ):
+        with pytest.raises(UsageError):
+            server.jobs.start(**bad)
+    with pytest.raises(JobError, match="the directory to run in"):
+        server.jobs.start(["true"], cwd="/no/such")
     with pytest.raises(JobError, match="the limit nothing"):
         server.jobs.start(["true"], limits={"nothing": 1})
     with pytest.raises(JobError, match="NUL"):
@@ -77,8 +87,12 @@ def test_errors(deploy):
     job.wait()
     with pytest.raises(JobError, match="no offset"):
         list(job.watch(99))
-    with pytest.raises(UsageError, match="grace"):
-        job.stop(-1)
+    for bad in (-1, "x", float("nan"), True):
+        with pytest.raises(UsageError, match="grace"):
+            job.stop(bad)
+    runs = server.jobs.start(["sleep", "1000"])
+    with pytest.raises(JobError, match=f"{runs.id} runs: stop it first"):
+        runs.forget()
     jobs = server.jobs
     server.close()
     for call in (lambda: server.jobs, job.status, lambda: list(job.watch()), lambda: jobs.start(["true"])):
@@ -385,4 +399,4 @@ def test_serve_on_a_host(tmp_path, sshd):
     )
     assert done.returncode == 2 and b"can't be listened on" in done.stderr and b"Traceback" not in done.stderr
     done = zd("jobs", "serve", "--on", "local", "--cacert", "none", "--cert", "server.crt", "--key", "server.key", cwd=pki)
-    assert done.returncode == 2 and b"none: there is no such file" in done.stderr
+    assert done.returncode == 2 and b"none can't be read" in done.stderr

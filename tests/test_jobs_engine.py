@@ -365,6 +365,101 @@ def test_run_in_a_thread_of_the_callers_own(tmp_path):
     jobs.close()
 
 
+def test_children_that_somebody_else_waits_for_are_lost(tmp_path, capfd):
+    code = (
+        "import os, signal, sys, time\nfrom zerodeploy_agent.supervisor import Supervisor\nfrom zerodeploy_agent.processes import Process\n"
+        "if sys.argv[2] == 'ignored': signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "jobs = Supervisor(sys.argv[1])\nid = jobs.start('sh', ['-c', 'echo x; sleep 0.3; exit 3'])\n"
+        "if sys.argv[2] == 'waited': os.waitpid(-1, 0)\n"
+        "print([p.data for p in jobs.watch_output(id)], jobs.status(id).state)\n"
+        "p = Process('true')\nif sys.argv[2] == 'ignored': p.start(); print(p.wait(5).state)\njobs.close()\n"
+    )
+    for how in ("ignored", "waited"):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / how), how], capture_output=True, text=True, timeout=30)
+        assert done.stdout.splitlines()[0] == "[b'x\\n'] lost" and done.stderr == "", done.stderr[-500:]
+        assert how == "waited" or done.stdout.splitlines()[1] == "lost"
+
+
+def test_closing_wakes_who_waits(tmp_path):
+    jobs = Supervisor(str(tmp_path / "state"))
+    id = jobs.start("sleep", ["1000"])
+    pid = jobs.status(id).pid
+    errors = []
+
+    def wait(action) -> None:
+        try:
+            action()
+        except JobError as error:
+            errors.append(str(error))
+
+    stubborn = jobs.start(
+        *python("import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(1000)")
+    )
+    next(jobs.watch_output(stubborn))
+    threads = [
+        threading.Thread(target=wait, args=(action,))
+        for action in (lambda: list(jobs.watch_output(id)), lambda: jobs.stop(stubborn, None))
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: jobs.status(stubborn).state == "stopping", 5, "it was told")
+    jobs.close()
+    for thread in threads:
+        thread.join(5)
+    kill(pid)
+    kill(jobs.status(stubborn).pid)
+    assert len(errors) == 2 and all("was closed" in text for text in errors)
+
+
+def test_one_supervisor_for_a_directory(tmp_path):
+    jobs = Supervisor(str(tmp_path / "state"))
+    with pytest.raises(JobError, match="another supervisor uses"):
+        Supervisor(str(tmp_path / "state"))
+    jobs.close()
+    Supervisor(str(tmp_path / "state")).close()
+
+
+def test_what_a_leader_has_left_is_stopped(jobs):
+    id = jobs.start("sh", ["-c", "(trap '' TERM; exec sleep 1000 > /dev/null 2>&1) & echo $!; exit 5"])
+    pid = int(output_of(jobs, id))
+    assert jobs.status(id).exit_code == 5 and alive(pid)
+    assert jobs.stop(id, 0.2).exit_code == 5
+    wait_until(lambda: not alive(pid), 5, "it is killed after the grace")
+    wait_until(lambda: jobs.job(id).leftover is None, 5, "and known to be gone")
+    again = jobs.start("sh", ["-c", "setsid sleep 1000 & echo $!; exec sleep 1000"])
+    pid = int(next(jobs.watch_output(again)).data)
+    jobs.stop(again)
+    jobs.forget(again)  # though somebody still holds its pipes
+    assert alive(pid)
+    kill(pid)
+
+
+def test_an_offset_that_never_comes(jobs):
+    id = jobs.start("sh", ["-c", "sleep 0.2; echo hi"])
+    with pytest.raises(OffsetError, match="3 bytes"):
+        list(jobs.watch_output(id, 100))
+    with pytest.raises(OffsetError):
+        list(jobs.get_output(id, -1))
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error"),
+    [("abc", {}, TypeError), ([1], {}, TypeError), ([b"x"], {}, TypeError), ([], {"env": {"": "x"}}, ValueError), ([], {"env": {"a=b": "x"}}, ValueError)],
+)  # fmt: skip
+def test_what_is_no_command(jobs, args, options, error):
+    with pytest.raises(error):
+        jobs.start("echo", args, **options)
+    assert jobs.jobs() == []
+
+
+def test_a_process_without_a_supervisor():
+    process = Process("sh", ["-c", "exit 4"])
+    process.start()
+    assert process.done.wait(5) and process.status().exit_code == 4 and process.wait().exit_code == 4
+    with pytest.raises(RuntimeError, match="started before"):
+        process.start()
+
+
 def test_forget(jobs):
     id = jobs.start("sleep", ["1000"])
     with pytest.raises(JobError, match="runs"):

@@ -196,6 +196,108 @@ def test_what_is_refused(alice, tmp_path):
     refused(lambda: alice.Start(request(command="true", args=["x"] * 5_000_000), timeout=30), Code.RESOURCE_EXHAUSTED, "bytes")
 
 
+def test_long_words_are_cut_in_errors_and_hold_nobody_up(alice, bob):
+    for request in (pb().JobRequest(command="x" * 3_000_000), pb().JobRequest(command="true", cwd="/" + "y" * 3_000_000)):
+        call = alice.Start.future(request, timeout=30)
+        began = time.monotonic()
+        assert bob.List(pb().ListRequest(page_size=1), timeout=10) is not None and time.monotonic() - began < 5
+        assert call.exception().code() is Code.FAILED_PRECONDITION and len(call.exception().details()) < 1000
+    refused(lambda: alice.start("true", label="x" * 1025), Code.INVALID_ARGUMENT, "label")
+    refused(lambda: alice.start("true", idempotency_key="x" * 1025), Code.INVALID_ARGUMENT, "key")
+
+
+def test_a_list_stays_below_what_clients_take(own):
+    server = own()
+    with server.client() as stub:
+        for _ in range(5):
+            stub.start("true", *["x" * 100_000] * 18)
+        assert len(stub.List(pb().ListRequest()).jobs) == 1 and len(list(jobs_of(stub))) == 5
+
+
+def test_jobs_hear_every_signal(pki, tmp_path):
+    """Also those that the server was told to ignore, as one in the background of a shell is."""
+    code = "import os, signal, sys\nfor n in (1, 2, 3): signal.signal(n, signal.SIG_IGN)\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    state = tmp_path / "state"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "-m", "zerodeploy", "jobs", "serve", "--listen", "127.0.0.1:0", "--cacert", "ca.crt", "--cert", "server.crt",
+         "--key", "server.key", "--state-dir", str(state)],
+        cwd=pki, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        port = process.stdout.readline().split(" listens on 127.0.0.1:")[1].split(";")[0]
+        made = JobsServer.__new__(JobsServer)
+        made.pki, made.port = pki, int(port)
+        with made.client() as stub:
+            job = stub.start("sh", "-c", "grep -E 'Sig(Ign|Blk)' /proc/self/status; exec sleep 1000")
+            text = next(iter(stub.pieces(job.id))).data.decode()
+            assert {line.split()[0]: int(line.split()[1], 16) for line in text.splitlines()} == {"SigBlk:": 0, "SigIgn:": 0}
+            for number in (1, 2, 3):
+                job = stub.start("sleep", "1000")
+                stub.Signal(pb().SignalRequest(id=job.id, signal=number))
+                assert stub.ended(job.id).signal == number
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+def test_a_new_server_brings_its_own_environment_and_options(own, pki, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZD_WHICH", "old")
+    server = own("--grace", "1000", "--output-quota", "10")
+    with server.client() as stub:
+        before = stub.start("sleep", "1000")
+        server.kill()
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "zd-new").write_text("#!/bin/sh\necho $ZD_WHICH and a lot more than ten bytes\n")
+    (folder / "zd-new").chmod(0o755)
+    monkeypatch.setenv("ZD_WHICH", "new")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    server = own("--grace", "0.3")
+    with server.client() as stub:
+        assert stub.output(stub.start("zd-new", env={"PATH": "/usr/bin"}).id) == b"new and a lot more than ten bytes\n"
+        stubborn = stub.start(sys.executable, "-c", STUBBORN)
+        next(iter(stub.pieces(stubborn.id)))
+        assert stub.stop(stubborn.id).signal == 9 and stub.stop(before.id).signal == 15
+
+
+def test_stop_of_a_job_whose_leader_has_ended(alice):
+    job = alice.start("sh", "-c", "(trap '' TERM; exec sleep 1000 > /dev/null 2>&1) & sleep 1000 > /dev/null 2>&1 & exit 3")
+    assert alice.ended(job.id).exit_code == 3
+    members = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if group_of(pid) == job.pid and alive(pid)]
+    assert len(members) == 2, "they live on"
+    refused(lambda: alice.Signal(pb().SignalRequest(id=job.id, signal=9)), Code.FAILED_PRECONDITION)
+    assert alice.stop(job.id, grace_seconds=0.3).exit_code == 3
+    assert not any(alive(pid) for pid in members)
+
+
+def test_sigterm_of_the_server_ends_what_leaders_have_left(own):
+    server = own("--grace", "0.3")
+    with server.client() as stub:
+        job = stub.start("sh", "-c", "(trap '' TERM; exec sleep 1000 > /dev/null 2>&1) & echo $!; exit 0")
+        pid = int(stub.output(job.id))
+        assert stub.ended(job.id).exit_code == 0 and alive(pid)
+    assert server.terminate() == 0 and not alive(pid)
+
+
+def test_a_gap_is_of_the_stream_that_lacks_bytes(alice):
+    job = alice.start("sh", "-c", "printf 1234567890abc; sleep 0.2; exit 0", limits={"output_bytes": 10})
+    assert alice.ended(job.id).dropped_bytes == 3
+    assert [(piece.stream, piece.gap_bytes) for piece in alice.pieces(job.id) if piece.gap_bytes] == [(1, 3)]
+    assert list(alice.pieces(job.id, streams=[2])) == []
+    job = alice.start("sh", "-c", "printf 1234567890abc; printf xyz >&2", limits={"output_bytes": 10})
+    assert alice.ended(job.id).dropped_bytes == 6
+    for streams in ([], [1], [2]):
+        assert [(piece.stream, piece.gap_bytes) for piece in alice.pieces(job.id, streams=streams) if piece.gap_bytes] == [(0, 6)]
+
+
+def test_the_final_status_has_all_bytes(alice):
+    for _ in range(5):
+        job = alice.start("cat", "/dev/zero", limits={"output_bytes": 1_000_000})
+        wait_until(lambda job=job: alice.status(job.id).stdout_bytes > 1_000_000, 10, "it writes")
+        assert alice.stop(job.id) == alice.status(job.id)
+
+
 def test_limits_that_rlimits_enforce(alice):
     job = alice.start(
         "sh", "-c", "ulimit -n; ulimit -v; ulimit -t", limits={"open_files": 77, "memory_bytes": 1 << 30, "cpu_seconds": 5}
@@ -206,7 +308,7 @@ def test_limits_that_rlimits_enforce(alice):
     assert alice.ended(job.id).signal in (signal.SIGXCPU, signal.SIGKILL)
     job = alice.start("sleep", "1000", limits={"wall_seconds": 1})
     end = alice.ended(job.id)
-    assert end.signal == 15 and end.stopped_by_request
+    assert end.signal == 15 and not end.stopped_by_request and end.error == "its wall_seconds (1) were over"
 
 
 def test_the_quota_is_a_gap(alice):
@@ -727,7 +829,8 @@ def test_one_server_for_a_state_directory(own, pki):
     [
         (["--cert", "none.crt"], "none.crt can't be read: No such file"), (["--cacert", "server.key"], "is no certificate in PEM"),
         (["--key", "alice.key"], "does not belong to the certificate"), (["--listen", "x"], "host:port"), (["--listen", "::1:5"], "stands in brackets"),
-        (["--listen", "localhost:99999"], "host:port"), (["--state-dir", "/proc/nothing"], "can't be used"), (["--listen", "192.0.2.1:0"], "can't be listened on"),
+        (["--listen", "localhost:99999"], "host:port"), (["--listen", "http://localhost:5"], "is a URL"), (["--cert", "alice.crt"], "is not for a server"),
+        (["--cert", "alice.key"], "is no certificate in PEM"), (["--state-dir", "/proc/nothing"], "can't be used"), (["--listen", "192.0.2.1:0"], "can't be listened on"),
     ],
 )  # fmt: skip
 def test_a_server_that_can_not_start(pki, tmp_path, options, said):

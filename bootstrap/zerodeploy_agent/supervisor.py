@@ -106,7 +106,14 @@ class Supervisor:
         """
         self._serve()
         options = {"env": env, "cwd": cwd, "base_env": base_env}
-        about = {"command": cmd, "args": list(args), "owner": owner, "label": label, "key": key, "created": time.time()}
+        about = {
+            "command": cmd,
+            "args": args if isinstance(args, (str, bytes)) else list(args),
+            "owner": owner,
+            "label": label,
+            "key": key,
+            "created": time.time(),
+        }
         most = self._quota if quota_bytes is None else quota_bytes
         if not key:
             return self._start(about, options, dict(limits or {}), most)

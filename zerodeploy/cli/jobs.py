@@ -84,6 +84,10 @@ def serve(settings: Context, /, listen: str, cacert: str, cert: str, key: str, s
     A server that is killed leaves its jobs alone: the next one with the same state directory finds them again.
     """
     with errors_told(settings):
+        from zerodeploy.jobs import certificates
+
+        if why := certificates.flaw(cert, server=True):
+            raise UsageError(why + ": no client would connect")
         wanted = {"grace_s": grace, "quota_bytes": output_quota, "most_running": max_jobs}
         if host is not None:
             from zerodeploy.cli.jobs_on import serve_on
@@ -112,7 +116,9 @@ def serve(settings: Context, /, listen: str, cacert: str, cert: str, key: str, s
 
 def default_state_dir() -> str:
     """Where a person's programs keep their state (XDG Base Directory Specification)."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    base = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.local/state")
     return os.path.join(base, "zerodeploy", "jobs-server")
 
 

@@ -22,9 +22,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def serve_on(settings: Context, host: str, options: dict[str, Any], listen: str, files: tuple[str, str, str],
              state_dir: str | None, wanted: dict[str, Any]) -> None:  # fmt: skip
     """Serve on *host* until a signal. Everything there ends with this process, the jobs too; only *state_dir* stays."""
-    for path in files:
-        if not os.path.isfile(path):
-            raise UsageError(f"{path}: there is no such file")
+    from zerodeploy.jobs.grpcserver import tls
+
+    try:
+        tls.server_context(*files)
+    except tls.TlsError as error:
+        raise UsageError(str(error)) from None
     if options.get("modules") or options.get("wanted") or options.get("requirements") or options.get("lock"):
         raise UsageError("--on ships what the server needs; --module, --with, --requirements and --lock make no sense here")
     options = {**options, "modules": [os.path.join(os.path.dirname(__file__), "..", "jobs", "grpcserver")], "wanted": _REQUIREMENTS}

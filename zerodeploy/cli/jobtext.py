@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -12,14 +13,15 @@ import click
 
 from zerodeploy.cli.common import Context, say_json
 from zerodeploy.errors import UsageError
+from zerodeploy.jobs.client import LIMITS as _LIMITS
 
-__all__ = ["gap_text", "job_options", "limits_of", "pairs_of", "status_of", "tell_id", "tell_line", "tell_status"]
+__all__ = ["gap_text", "job_options", "limits_of", "pairs_of", "printable", "status_of", "tell_id", "tell_line", "tell_status"]
 
 
 def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options of a start."""
     for option in (
-        click.option("-e", "--env", "pairs", multiple=True, metavar="NAME=VALUE", help="Added to the environment."),
+        click.option("-e", "--env", "pairs", multiple=True, metavar="NAME[=VALUE]", help="Added to the environment; NAME alone: with the value that it has here, which no ps shows."),
         click.option("--cwd", default="", metavar="DIR", help="The directory to run in."),
         click.option("--label", default="", help="A name for people."),
         click.option("--limit", "limits", multiple=True, metavar="NAME=NUMBER", help="memory_bytes, cpus, pids, io_bytes_per_s, open_files, cpu_seconds, wall_seconds or output_bytes."),
@@ -30,10 +32,13 @@ def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def pairs_of(pairs: tuple[str, ...]) -> dict[str, str]:
     """NAME=VALUE as a mapping. Raises `UsageError`."""
+    found = {}
     for pair in pairs:
-        if "=" not in pair[1:]:
-            raise UsageError(f"--env {pair}: NAME=VALUE is one")
-    return dict(pair.split("=", 1) for pair in pairs)
+        name, equals, value = pair.partition("=")
+        if not name or (not equals and name not in os.environ):
+            raise UsageError(f"--env {pair}: " + (f"there is no {name} in the environment here" if name else "NAME=VALUE is one"))
+        found[name] = value if equals else os.environ[name]
+    return found
 
 
 def limits_of(limits: tuple[str, ...]) -> dict[str, float]:
@@ -42,9 +47,14 @@ def limits_of(limits: tuple[str, ...]) -> dict[str, float]:
     for text in limits:
         name, _, value = text.partition("=")
         try:
-            found[name] = float(value) if name == "cpus" else int(value)
+            number = float(value)
         except ValueError:
             raise UsageError(f"--limit {text}: NAME=NUMBER is one") from None
+        if name not in _LIMITS:
+            raise UsageError(f"--limit {text}: there is no limit {name!r}, only {', '.join(_LIMITS)}")
+        if name != "cpus" and not (number.is_integer() and number > 0):
+            raise UsageError(f"--limit {text}: {name} is a whole number above 0")
+        found[name] = number if name == "cpus" else int(value) if value.isdigit() else int(number)
     return found
 
 
@@ -77,7 +87,8 @@ def tell_line(context: click.Context, job: dict[str, Any]) -> None:
     if _json(context):
         say_json(job)
     else:
-        click.echo(f"{job['id']}  {_how(job):<22}  {_time(job['created'])}  {_command(job)}")
+        label = f"  ({printable(job['label'])})" if job["label"] else ""
+        click.echo(f"{job['id']}  {_how(job):<22}  {_time(job['created'])}  {_command(job)}{label}")
 
 
 def tell_status(context: click.Context, job: dict[str, Any]) -> None:
@@ -94,7 +105,7 @@ def tell_status(context: click.Context, job: dict[str, Any]) -> None:
     rows = [
         ("id", job["id"]), ("state", job["state"] + (", as asked" if job["stopped_by_request"] and ended else "")),
         ("exit code", "" if job["exit_code"] is None else str(job["exit_code"])), ("signal", signal), ("error", job.get("error", "")),
-        ("command", _command(job)), ("label", job["label"]), ("pid", str(job["pid"])), ("started", started),
+        ("command", _command(job)), ("label", printable(job["label"])), ("pid", str(job["pid"])), ("started", started),
         ("output", f"{job['stdout_bytes']} bytes, {job['stderr_bytes']} of errors{dropped}"),
     ]  # fmt: skip
     for name, text in rows:
@@ -109,7 +120,12 @@ def _how(job: dict[str, Any]) -> str:
 
 
 def _command(job: dict[str, Any]) -> str:
-    return shlex.join([job["command"], *job["args"]])
+    return printable(shlex.join([job["command"], *job["args"]]))
+
+
+def printable(text: str) -> str:
+    """*text* with what would move a terminal's cursor written out."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def _time(seconds: float) -> str:

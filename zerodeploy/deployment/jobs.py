@@ -21,7 +21,7 @@ class JobOutput:
     """Some output: ``data`` of one ``stream`` ("stdout" or "stderr"), ``offset`` of its first byte among the bytes of both
     streams, ``time`` when it was read (seconds since 1970, the host's clock).
 
-    A gap has no data: ``gap_bytes`` from ``offset`` on were not kept.
+    A gap has no data: ``gap_bytes`` from ``offset`` on were not kept. Its stream is "" where bytes of both are missing.
     """
 
     stream: str
@@ -34,6 +34,8 @@ class JobOutput:
 @dataclass(frozen=True)
 class JobStatus:
     """A job at one moment. ``state``: running, stopping; exited, signaled, lost (its supervisor was killed, nobody knows its end).
+
+    ``error`` says why a job was lost, or stopped when nobody has asked for it.
 
     ``exit_code`` or ``signal`` when it has ended, never both. Times are seconds since 1970 by the host's clock. ``usage``:
     user_seconds, system_seconds, max_rss_bytes, oom_killed, of the process and the children that it has waited for.
@@ -55,6 +57,7 @@ class JobStatus:
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     dropped_bytes: int = 0
+    error: str = ""
     detached: bool = False
     usage: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,7 +97,7 @@ class Job:
         for (stream, offset, time, _, gap), data in self._jobs._link.watch(
             self._place, job=self.id, wait=follow, **{"from": from_offset}
         ):
-            yield JobOutput("stderr" if stream == 2 else "stdout", data, offset, time, gap)
+            yield JobOutput({1: "stdout", 2: "stderr"}.get(stream, ""), data, offset, time, gap)
 
     def output(self) -> bytes:
         """What it has written to stdout and stderr up to now, in the order in which it was read."""
@@ -106,8 +109,11 @@ class Job:
         return self._jobs._status(status, self.detached)
 
     def stop(self, grace: float | None = 10.0) -> JobStatus:
-        """SIGTERM to its process group, SIGKILL after *grace* seconds (None: never); waits for the end, gives the final status."""
-        if grace is not None and not grace >= 0:
+        """SIGTERM to its process group, SIGKILL after *grace* seconds (None: never); waits for the end, gives the final status.
+
+        If the process itself has ended it is for those of its group that are left.
+        """
+        if grace is not None and (isinstance(grace, bool) or not isinstance(grace, int | float) or not grace >= 0):
             raise UsageError(f"grace is a number of seconds, 0 or more, or None; not {grace!r}")
         answer = self._jobs._link.ask_alone(self._place, "stop", job=self.id, grace=grace)["job"]
         return self._jobs._status(answer, self.detached)
@@ -147,7 +153,7 @@ class Jobs:
             limits: memory_bytes, cpus, pids, io_bytes_per_s, open_files, cpu_seconds, wall_seconds, output_bytes (default
                 1 GiB on disk). One that the host can't enforce is refused.
             label: a name for people.
-            detach: the job outlives the deployment, and so do its output and status, in
+            detach: the job outlives the deployment, however that ends, and so do its output and status, in
                 ``~/.local/state/zerodeploy/jobs`` (``XDG_STATE_HOME``) of the host, until `Job.forget`. Without it all ends
                 with the deployment.
 
@@ -157,13 +163,19 @@ class Jobs:
         """
         if isinstance(argv, str | bytes) or not argv:
             raise UsageError(f'a command is a list of words, as ["ls", "-l"]; got {argv!r}. For a shell: ["sh", "-c", "…"]')
-        words = [os.fsdecode(word) for word in argv]
+        try:
+            words = [os.fsdecode(word) for word in argv]
+            place = os.fsdecode(cwd) if cwd is not None else None
+        except TypeError as error:
+            raise UsageError(f"a command and its directory are strings or paths: {error}") from None
         for name, value in (env or {}).items():
-            if not name or "=" in name or "\0" in name + value:
+            if not isinstance(name, str) or not isinstance(value, str) or not name or "=" in name or "\0" in name + value:
                 raise UsageError(f"env can't hold {name!r}: {value!r}")
+        if limits is not None and not isinstance(limits, Mapping):
+            raise UsageError(f"limits is a mapping, as {{'memory_bytes': 1 << 30}}; not {limits!r}")
         answer = self._link.ask(
             USERS if detach else OWN, "start", command=words[0], args=words[1:], env=dict(env) if env else None,
-            cwd=os.fsdecode(cwd) if cwd is not None else None, limits=dict(limits) if limits else None, label=label,
+            cwd=place, limits=dict(limits) if limits else None, label=label,
         )  # fmt: skip
         return Job(self, answer["job"]["id"], detached=detach)
 

@@ -22,7 +22,7 @@ from zerodeploy.errors import CertificateError, UsageError
 if TYPE_CHECKING:
     from cryptography import x509
 
-__all__ = ["Issued", "make_authority", "make_client", "make_server"]
+__all__ = ["Issued", "flaw", "make_authority", "make_client", "make_server"]
 
 CA_DAYS, LEAF_DAYS = 3650, 397  # 397: the most that clients elsewhere accept of a server (CA/Browser Forum BR 6.3.2)
 _MOST_DAYS = 36500
@@ -40,6 +40,31 @@ class Issued:
     key: Path
     name: str
     expires: datetime.datetime
+
+
+def flaw(path: str, *, server: bool) -> str:
+    """Why nobody will accept the certificate in *path* as a server's (or a client's); empty where there is no reason."""
+    from cryptography import x509
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    try:
+        with open(path, "rb") as file:
+            certificate = x509.load_pem_x509_certificate(file.read())
+        usages: Any = None
+        with contextlib.suppress(x509.ExtensionNotFound):
+            usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except (OSError, ValueError):
+        return ""  # others tell
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if certificate.not_valid_after_utc < now:
+        return f"the certificate {path} has expired, on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    if certificate.not_valid_before_utc > now:
+        return f"the certificate {path} is good from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on only"
+    wanted = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+    if usages is not None and wanted not in usages:
+        kind = "server" if server else "client"
+        return f"the certificate {path} is not for a {kind} (its extendedKeyUsage has no {kind}Auth)"
+    return ""
 
 
 def make_authority(
@@ -198,7 +223,7 @@ def _write(out: Path, stem: str, name: str, certificate: x509.Certificate, key: 
     paths = out / f"{stem}.crt", out / f"{stem}.key"
     there = [str(path) for path in paths if os.path.lexists(path)]
     if there and not force:
-        raise CertificateError(f"{' and '.join(there)} would be overwritten; pass force=True (--force) where that is meant")
+        raise CertificateError(f"{' and '.join(there)} would be overwritten; pass --force (force=True) where that is meant")
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     try:
         out.mkdir(parents=True, exist_ok=True)

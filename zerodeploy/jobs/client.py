@@ -12,6 +12,8 @@ from zerodeploy.errors import JobError, JobsUnavailable, NoSuchJob, UsageError
 __all__ = ["JobsClient"]
 
 _CONNECT_S = 15.0
+#: fields of ``Limits``
+LIMITS = ("memory_bytes", "cpus", "pids", "io_bytes_per_s", "open_files", "cpu_seconds", "wall_seconds", "output_bytes")
 
 
 class JobsClient:
@@ -46,6 +48,8 @@ class JobsClient:
         except (tls.TlsError, ssl.SSLError) as error:
             raise UsageError(str(error)) from None
         self._where = host, port, context
+        self._cert = cert
+        self._answered = False
         self._channel: Any = None
         self._connecting = asyncio.Lock()
 
@@ -66,6 +70,9 @@ class JobsClient:
 
         Raises: JobError (not to be started, with errno; a limit that can't be enforced; a quota), JobsUnavailable.
         """
+        for limit in limits or {}:
+            if limit not in LIMITS:
+                raise UsageError(f"there is no limit {limit!r}, only {', '.join(LIMITS)}")
         return await self._one("Start", command=command, args=list(args), env=dict(env or {}), cwd=cwd, limits=dict(limits or {}),
                                label=label, idempotency_key=idempotency_key)  # fmt: skip
 
@@ -106,7 +113,9 @@ class JobsClient:
 
         try:
             channel = await self._connected()
-            return await self._method(UnaryUnaryMethod, channel, name)(_request(name, fields))
+            answer = await self._method(UnaryUnaryMethod, channel, name)(_request(name, fields))
+            self._answered = True
+            return answer
         except GRPCError as error:
             raise self._meant(error) from None
         except (OSError, StreamTerminatedError) as error:
@@ -121,6 +130,7 @@ class JobsClient:
             async with self._method(UnaryStreamMethod, channel, name).open() as stream:
                 await stream.send_message(_request(name, fields), end=True)
                 async for message in stream:
+                    self._answered = True
                     yield message
         except GRPCError as error:
             raise self._meant(error) from None
@@ -160,8 +170,16 @@ class JobsClient:
             text = "nobody listens there"
         elif isinstance(error, OSError) and error.strerror:
             text = f"no connection: {error.strerror}"
+        elif self._answered:
+            text = f"the connection broke ({error})"
         else:  # TLS 1.3: a client is refused only after it thinks that all is well
-            text = f"the connection broke ({error}); if it never worked, the server does not accept this client certificate"
+            from zerodeploy.jobs import certificates
+
+            why = (
+                certificates.flaw(self._cert, server=False)
+                or f"the server does not accept the certificate {self._cert}, or is no jobs server"
+            )
+            text = f"the connection broke at once: {why}"
         return JobsUnavailable(text, host=self.addr)
 
 
@@ -175,6 +193,8 @@ def _request(name: str, fields: dict[str, Any]) -> Any:
 
     try:
         return messages.make(messages.METHODS[name][0], **fields)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{error.object[:100]!r} is no UTF-8, which is all that the protocol can carry") from None
     except (ValueError, TypeError) as error:
         raise UsageError(f"{name}: {error}") from None
 

@@ -34,6 +34,8 @@ class ServeError(Exception):
 
 def parse_address(text: str) -> tuple[str, int]:
     """``host:port``, ``[v6]:port`` or ``:port`` (all addresses). Raises ValueError."""
+    if "://" in text:
+        raise ValueError(f"{text!r} is a URL; host:port is an address, as in localhost:50051")
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]

@@ -13,7 +13,10 @@ class TlsError(Exception):
 
 
 def server_context(cacert: str, cert: str, key: str) -> ssl.SSLContext:
-    """For a server: OpenSSL refuses clients without a certificate of *cacert*'s authority that is good for clientAuth."""
+    """For a server: OpenSSL refuses clients without a certificate of *cacert*'s authority that is good for clientAuth.
+
+    One without extendedKeyUsage is good for all (RFC 5280, 4.2.1.12). Raises `TlsError`.
+    """
     return _context(ssl.PROTOCOL_TLS_SERVER, cacert, cert, key)
 
 
@@ -27,6 +30,8 @@ def _context(protocol: Any, cacert: str, cert: str, key: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.set_alpn_protocols(["h2"])
+    if protocol is ssl.PROTOCOL_TLS_CLIENT and hasattr(context, "hostname_checks_common_name"):
+        context.hostname_checks_common_name = False  # a server's names are in its subjectAltName (RFC 9525, 2)
     if hasattr(ssl, "OP_NO_RENEGOTIATION"):
         context.options |= ssl.OP_NO_RENEGOTIATION
     for what, path in (("CA certificate", cacert), ("certificate", cert), ("key", key)):
@@ -36,6 +41,10 @@ def _context(protocol: Any, cacert: str, cert: str, key: str) -> ssl.SSLContext:
     except (ssl.SSLError, OSError) as error:
         raise TlsError(f"the CA certificate {cacert} can't be used: it is no certificate in PEM ({_reason(error)})") from None
     try:
+        ssl.SSLContext(protocol).load_verify_locations(cert)
+    except (ssl.SSLError, OSError) as error:
+        raise TlsError(f"the certificate {cert} can't be used: it is no certificate in PEM ({_reason(error)})") from None
+    try:
         context.load_cert_chain(cert, key, password=_no_password)
     except _Encrypted:
         raise TlsError(f"the key {key} is encrypted; one without a passphrase, mode 0600, is needed") from None
@@ -43,7 +52,10 @@ def _context(protocol: Any, cacert: str, cert: str, key: str) -> ssl.SSLContext:
         reason = _reason(error)
         if "KEY_VALUES_MISMATCH" in reason:
             raise TlsError(f"the key {key} does not belong to the certificate {cert}") from None
-        raise TlsError(f"the certificate {cert} and the key {key} can't be used: {reason}") from None
+        words = reason.lower().replace("_", " ")
+        raise TlsError(
+            f"the certificate {cert} and the key {key} can't be used: {words}; a key in PEM of 2048 bits RSA, or ECDSA, is good"
+        ) from None
     return context
 
 
