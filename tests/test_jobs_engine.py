@@ -423,6 +423,9 @@ def test_what_a_leader_has_left_is_stopped(jobs):
     id = jobs.start("sh", ["-c", "(trap '' TERM; exec sleep 1000 > /dev/null 2>&1) & echo $!; exit 5"])
     pid = int(output_of(jobs, id))
     assert jobs.status(id).exit_code == 5 and alive(pid)
+    wait_until(lambda: jobs.job(id).leftover is not None, 5, "it is known")
+    with pytest.raises(JobError, match="run on: stop it first"):
+        jobs.forget(id)
     assert jobs.stop(id, 0.2).exit_code == 5
     wait_until(lambda: not alive(pid), 5, "it is killed after the grace")
     wait_until(lambda: jobs.job(id).leftover is None, 5, "and known to be gone")

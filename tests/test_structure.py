@@ -18,7 +18,14 @@ FAR = Path(zerodeploy_agent.__file__).parent
 NEAR_FILES = sorted(NEAR.rglob("*.py"))
 FAR_FILES = sorted(FAR.rglob("*.py"))
 SHIPPED_FILES = sorted((NEAR / "jobs" / "grpcserver").glob("*.py"))  # to hosts, as a package of its own
-LAYERS = [{"cli"}, {"jobs"}, {"deployment"}, {"control"}, {"link", "payload"}, {"errors"}]  # each may import what is below
+LAYERS = [
+    {"cli"},
+    {"jobs", "services"},
+    {"deployment"},
+    {"control"},
+    {"link", "payload"},
+    {"errors"},
+]  # each may import what is below
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = ["frames", "messages", "control", "mux", "plain", "compactjson"]
 IMPURE = {
@@ -189,7 +196,7 @@ def test_modules_say_what_they_are_for(path):
 PUBLIC = [
     "AgentDidNotStart", "AuthenticationFailed", "BootstrapError", "CertificateError", "ClusterError", "CommandLink", "DeployedServer", "ForwardingRefused", "ForwardingRefusedWarning",
     "HostError", "HostKeyError", "HostKeyMismatch", "HostKeyUnknown", "HostUnreachable", "JobError", "JobsUnavailable", "LinkLost", "MapError", "MultiServerDeployment", "NoSpace", "NoSuchJob", "NotShippable", "Payload", "PayloadError",
-    "ProtocolError", "PythonNotFound", "PythonTooOld", "RemoteCallError", "ServerInfo", "TempDirUnusable", "UsageError", "WorkerDied",
+    "ProtocolError", "PythonNotFound", "PythonTooOld", "RemoteCallError", "ServerInfo", "ServiceError", "TempDirUnusable", "TemplateError", "UsageError", "WorkerDied",
     "ZeroDeployError",
 ]  # fmt: skip
 

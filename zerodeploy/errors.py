@@ -27,6 +27,8 @@
      +- JobError                   a job can't be started, or what was asked of it makes no sense now
      |   +- NoSuchJob (also LookupError)
      |   +- JobsUnavailable        the jobs server, or a host's supervisor, can't be reached
+     +- ServiceError               a service, or its description, is not good
+     |   +- TemplateError          a template of a service's description
      +- MapError                   items of a map that have no value
      +- UsageError (also ValueError)  an argument that makes no sense
 
@@ -63,7 +65,9 @@ __all__ = [
     "PythonNotFound",
     "PythonTooOld",
     "RemoteCallError",
+    "ServiceError",
     "TempDirUnusable",
+    "TemplateError",
     "UsageError",
     "WorkerDied",
     "ZeroDeployError",
@@ -128,6 +132,16 @@ class NoSuchJob(JobError, LookupError):
 
 class JobsUnavailable(JobError):
     """Nobody answers for the jobs: no server there, TLS failed, or the connection broke. Jobs are not touched by that."""
+
+
+class ServiceError(ZeroDeployError):
+    """A service can't be launched, or what describes it is not good."""
+
+
+class TemplateError(ServiceError):
+    """A template that can't be evaluated. ``position``: of the character where it went wrong, counted from 1."""
+
+    position: int = 0
 
 
 class UsageError(ZeroDeployError, ValueError):

@@ -213,7 +213,9 @@ class Connection:
     # requests
 
     def _do_hello(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        self._environ, self._cwd = request.get("environ"), request.get("cwd")
+        environ = request.get("environ")
+        self._environ = None if environ == dict(os.environ) else environ
+        self._cwd = request.get("cwd")
         self._quota, self._grace = request.get("quota_bytes"), request.get("grace_s", True)
         return {"protocol": PROTOCOL, "pid": os.getpid(), "state_dir": self._jobs.state_dir}
 

@@ -297,6 +297,8 @@ class Supervisor:
         job = self.job(id)
         if not job.process.done.is_set():
             raise JobError("the job %s runs: stop it first" % id)
+        if job.leftover is not None:
+            raise JobError("processes that the job %s has started run on: stop it first" % id)
         if not job.over:  # a grandchild holds its pipes
             if threading.get_ident() == self._serving:
                 self._end_drain(job)

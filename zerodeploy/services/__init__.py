@@ -1,0 +1,1 @@
+"""Services: a YAML file in, a supervised HTTP endpoint out, on any host."""
