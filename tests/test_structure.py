@@ -179,6 +179,7 @@ def test_all_is_sorted_and_true(path):
             assert names == sorted(names, key=as_linters_sort) and len(names) == len(set(names))
             defined = {getattr(item, "name", None) for item in tree.body}
             defined |= {ast.unparse(target) for item in tree.body if isinstance(item, ast.Assign) for target in item.targets}
+            defined |= {ast.unparse(item.target) for item in tree.body if isinstance(item, ast.AnnAssign)}
             defined |= {
                 alias.asname or alias.name for item in tree.body if isinstance(item, ast.ImportFrom) for alias in item.names
             }
