@@ -232,7 +232,10 @@ def test_jobs_hear_every_signal(pki, tmp_path):
             job = stub.start("sh", "-c", "grep -E 'Sig(Ign|Blk)' /proc/self/status; exec sleep 1000")
             text = next(iter(stub.pieces(job.id))).data.decode()
             glibcs = 3 << 31  # its own signals, 32 and 33, are nobody else's to set
-            assert {line.split()[0]: int(line.split()[1], 16) & ~glibcs for line in text.splitlines()} == {"SigBlk:": 0, "SigIgn:": 0}
+            assert {line.split()[0]: int(line.split()[1], 16) & ~glibcs for line in text.splitlines()} == {
+                "SigBlk:": 0,
+                "SigIgn:": 0,
+            }
             for number in (1, 2, 3):
                 job = stub.start("sleep", "1000")
                 stub.Signal(pb().SignalRequest(id=job.id, signal=number))

@@ -16,10 +16,25 @@ from .supervisor import JobError, NoSuchJob
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from typing import Any, Callable, Dict, List, Optional, Set
+    from typing import Any, Callable, Dict, List, Optional, Protocol, Set
 
-    from .jobserver import JobServer
-    from .supervisor import Job
+    from .loop import Loop
+    from .supervisor import Job, Supervisor
+
+    class Server(Protocol):
+        """What a connection needs of its server."""
+
+        jobs: Supervisor
+        loop: Loop
+        ending: bool
+
+        def find(self, request: "Dict[str, Any]") -> Job: ...
+        def running(self, owner: str) -> int: ...
+        def when_final(self, job: Job, action: "Callable[[], None]") -> None: ...
+        def left(self, connection: Connection) -> None: ...
+        def quiet(self) -> None: ...
+        def end(self, grace: Any, then: "Callable[[], None]") -> None: ...
+
 
 PROTOCOL = 1
 _LOST = "the supervisor that started it is gone: nobody knows how it ended"
@@ -72,7 +87,7 @@ class Connection:
     - ``shutdown``: stops all jobs with their grace (or ``grace``), answers, and ends the server.
     """
 
-    def __init__(self, server: JobServer, sock: socket.socket) -> None:
+    def __init__(self, server: Server, sock: socket.socket) -> None:
         self._server, self._sock = server, sock
         self._jobs = server.jobs
         self._in = bytearray()

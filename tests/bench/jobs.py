@@ -193,7 +193,7 @@ class Supervisord:
     def __init__(self, folder: Path, programs: dict[str, str]) -> None:
         self.folder = folder
         self.path = str(folder / "s.sock")
-        lines = [f"[unix_http_server]\nfile={self.path}\nchmod=0700", f"[supervisord]\nlogfile={folder}/s.log\npidfile={folder}/s.pid\nnodaemon=true\nuser={os.geteuid() and os.getlogin() or 'root'}",
+        lines = [f"[unix_http_server]\nfile={self.path}\nchmod=0700", f"[supervisord]\nlogfile={folder}/s.log\npidfile={folder}/s.pid\nnodaemon=true\nchildlogdir={folder}\nuser={os.geteuid() and os.getlogin() or 'root'}",
                  "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface"]  # fmt: skip
         for name, command in programs.items():
             lines.append(
