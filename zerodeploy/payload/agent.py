@@ -59,6 +59,8 @@ _AGENT_LATE = ("bundle.py", "forward.py", "kept.py", "payloads.py", "relay.py", 
 # the engine of jobs follows when the first job is asked for
 _AGENT_JOBS = ("cgroups.py", "foundprocess.py", "job.py", "jobrequests.py", "jobserver.py", "jobsocket.py", "jobstate.py", "leftover.py", "limits.py", "loop.py", "outputlog.py",
                "processes.py", "supervisor.py")  # fmt: skip
+# the engine of services serves this side alone, so far
+_AGENT_HERE = ("services.py", "statefile.py")
 
 # packages whose own __init__ imports everything: an import of one part must not load all
 _STUBS = {
@@ -177,7 +179,7 @@ def sources() -> list[Path]:
 
 def _agent(*, late: bool) -> dict[str, bytes]:
     paths = sorted(_locate("zerodeploy_agent").glob("*.py"))
-    skipped = ("stage0.py", *_AGENT_JOBS)  # the first travels on the command line
+    skipped = ("stage0.py", *_AGENT_JOBS, *_AGENT_HERE)  # the first travels on the command line
     return {
         f"zerodeploy_agent/{path.name}": strip(path.read_bytes()) for path in paths
         if path.name not in skipped and (path.name in _AGENT_LATE) is late

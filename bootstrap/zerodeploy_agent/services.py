@@ -1,0 +1,308 @@
+"""What is done to services on their host: looked at, stopped with all that they have started, their directories cleared.
+
+The same functions serve the ``rhl-*`` commands where they are installed and the agent where nothing is.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import stat
+import time
+
+from .processes import pidfd_open
+from .statefile import SERVER, StateError, States, lives
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+
+#: directories that belong to the system, whatever is asked for
+SYSTEM = ("/", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/boot", "/sys", "/proc", "/run", "/var", "/opt", "/dev", "/home", "/root",
+          "/tmp", "/srv", "/mnt", "/media")  # fmt: skip
+_STOP_S = 10.0
+_LOCK_S = 30.0
+
+
+class ServiceFault(Exception):
+    """What was asked for can't be done; the text says why."""
+
+
+def stop(key: str, base: "Optional[str]" = None, grace: float = _STOP_S) -> str:
+    """End the service and all that it has started: SIGTERM, *grace* seconds, SIGKILL. Says how it went; the file stays.
+
+    Raises `StateError` for a file that can't be used, `ServiceFault` for a pid that is none or somebody else's.
+    """
+    states = States(SERVER, base)
+    fd = states.lock(key, _LOCK_S)
+    try:
+        state = states.read(key)
+        if state is None:
+            return "missing state"
+        pid = state.get("pid")
+        if isinstance(pid, bool) or not isinstance(pid, int) or pid <= 1:
+            raise ServiceFault("the state file of %r has no pid that may be signalled: %r" % (key, pid))
+        try:
+            if os.stat("/proc/%d" % pid).st_uid != os.geteuid() and "pid_start" not in state:
+                raise ServiceFault("the process %d of %r belongs to somebody else" % (pid, key))
+        except FileNotFoundError:
+            pass
+        if not lives(state):
+            return "not running"
+        end_tree(pid, grace)
+        return "stopped"
+    finally:
+        os.close(fd)
+
+
+def end_tree(pid: int, grace: float) -> None:
+    """SIGTERM to *pid*, its session and all below them; SIGKILL to who is left after *grace* seconds.
+
+    Each is held by a descriptor before it is signalled, so that a number that was given away meanwhile is not.
+    """
+    held: "Dict[int, int]" = {}
+    until = time.monotonic() + grace
+    number = signal.SIGTERM
+    try:
+        while True:
+            for member in tree({pid, *held}):
+                if member not in held:
+                    held[member] = pidfd_open(member)
+                    _signal(member, held[member], number)
+            for member in [each for each, fd in held.items() if _gone(each, fd)]:
+                fd = held.pop(member)
+                if fd >= 0:
+                    os.close(fd)
+            if not held:
+                return
+            if time.monotonic() > until:
+                if number == signal.SIGKILL:
+                    raise ServiceFault("processes that can't be killed: %s" % ", ".join(map(str, held)))
+                number, until = signal.SIGKILL, time.monotonic() + 5.0
+                for member, fd in held.items():
+                    _signal(member, fd, number)
+            fds = [fd for fd in held.values() if fd >= 0]
+            poll = select.poll()
+            for fd in fds:
+                poll.register(fd, select.POLLIN)
+            poll.poll(50)
+    finally:
+        for fd in held.values():
+            if fd >= 0:
+                os.close(fd)
+
+
+def _signal(pid: int, fd: int, number: int) -> None:
+    if not _gone(pid, fd):
+        try:
+            os.kill(pid, number)
+            if number == signal.SIGTERM:
+                os.kill(pid, signal.SIGCONT)
+        except OSError:
+            pass
+
+
+def _gone(pid: int, fd: int) -> bool:
+    if fd >= 0:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(0))
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rsplit(b")", 1)[1].split()[0] in (b"Z", b"X")
+    except (OSError, IndexError):
+        return True
+
+
+def tree(roots: "Set[int]") -> "Set[int]":
+    """Living processes of this user: *roots*, the sessions that they lead, and all below them."""
+    parents: "Dict[int, int]" = {}
+    sessions: "Dict[int, int]" = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if os.stat("/proc/" + name).st_uid != os.geteuid():
+                    continue
+                with open("/proc/%s/stat" % name, "rb") as file:
+                    fields = file.read().rsplit(b")", 1)[1].split()
+            except (OSError, IndexError):
+                continue
+            if fields[0] not in (b"Z", b"X"):
+                parents[int(name)], sessions[int(name)] = int(fields[1]), int(fields[3])
+    found = {pid for pid in parents if pid in roots or sessions[pid] in roots}
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in found and pid not in found}
+        if not more:
+            return found - {os.getpid()}
+        found |= more
+
+
+def log_tail(path: str, lines: "Optional[int]" = None) -> "Iterator[bytes]":
+    """The log, or its last *lines* lines, in pieces. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(fd, "rb") as file:
+        if lines is not None:
+            file.seek(_start_of_tail(file, lines))
+        while True:
+            data = file.read(1 << 16)
+            if not data:
+                return
+            yield data
+
+
+def _start_of_tail(file: "Any", lines: int) -> int:
+    at: int = file.seek(0, 2)
+    end, missing = at, lines
+    while at > 0 and missing >= 0:
+        step = min(1 << 16, at)
+        at -= step
+        file.seek(at)
+        data = file.read(step)
+        if at + step == end and data.endswith(b"\n"):
+            data = data[:-1]
+        position = len(data)
+        while missing > 0:
+            position = data.rfind(b"\n", 0, position)
+            if position < 0:
+                break
+            missing -= 1
+            if missing == 0:
+                return int(at + position + 1)
+    return 0 if lines > 0 else int(end)
+
+
+def verify_port(host: str, port: int, tries: int = 3, timeout: float = 2.0) -> str:
+    """Empty when something accepts connections there, else why not."""
+    import socket
+
+    said = ""
+    for attempt in range(tries):
+        try:
+            socket.create_connection((host, port), timeout).close()
+            return ""
+        except (OSError, UnicodeError, OverflowError) as error:
+            said = str(error)
+        if attempt + 1 < tries:
+            time.sleep(0.2)
+    return said
+
+
+def handshake(url: str, timeout: float = 5.0) -> "Tuple[int, str]":
+    """GET *url*, proxies of the environment ignored: 0 for 2xx, 1 for no answer, 2 for another status; and what was said."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    if not url.startswith(("http://", "https://")):
+        return 1, "no http:// or https:// URL: %.100s" % url
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+    try:
+        with opener.open(url, timeout=timeout) as answer:
+            return (0, "") if 200 <= answer.status < 300 else (2, "HTTP %d" % answer.status)
+    except urllib.error.HTTPError as error:
+        return 2, "HTTP %d" % error.code
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return 1, str(error)
+
+
+def _NoRedirect() -> "Any":
+    """An answer elsewhere is no answer here."""
+    import urllib.request
+
+    class Handler(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *args: "Any", **options: "Any") -> None:
+            return None
+
+    return Handler()
+
+
+def check_directory(path: str) -> str:
+    """*path*, absolute and resolved, if it may be looked into or cleared. Raises `ServiceFault`."""
+    if not os.path.isabs(path):
+        raise ServiceFault("not an absolute path: %r" % path)
+    if any(part.startswith(".") for part in path.split("/")):
+        raise ServiceFault("a part of the path begins with a dot: %r" % path)
+    resolved = os.path.realpath(path)
+    home = os.path.realpath(os.path.expanduser("~"))
+    if resolved in SYSTEM:
+        raise ServiceFault("refusing to operate on a system directory: %r" % resolved)
+    if home == resolved or home.startswith(resolved.rstrip("/") + "/"):
+        raise ServiceFault("refusing to operate on the home directory or what it is in: %r" % resolved)
+    if any(part.startswith(".") for part in resolved.split("/")):
+        raise ServiceFault("a part of the path begins with a dot: %r" % resolved)
+    return resolved
+
+
+def clear(path: str) -> int:
+    """Remove what is directly in *path*, directories with all in them, links as links; how many that were.
+
+    The directory is opened once, and everything is removed below that descriptor: what is put in its place meanwhile is not
+    touched. Raises `ServiceFault`, `OSError`.
+    """
+    resolved = check_directory(path)
+    try:
+        fd = os.open(resolved, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ServiceFault("path does not exist: %s" % path) from None
+    except NotADirectoryError:
+        raise ServiceFault("not a directory: %s" % path) from None
+    try:
+        names = os.listdir(fd)
+        for name in names:
+            _remove(fd, name)
+        return len(names)
+    finally:
+        os.close(fd)
+
+
+def _remove(at: int, name: str) -> None:
+    if not stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+        os.unlink(name, dir_fd=at)
+        return
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    try:
+        for each in os.listdir(fd):
+            _remove(fd, each)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=at)
+
+
+def persistent(path: str, marker: "Optional[str]" = None) -> "List[Dict[str, Any]]":
+    """What is kept in *path*: ``state`` absent, empty or populated. With *marker*: of it, or the directories directly in it, those
+    that hold a file of that name. Raises `ServiceFault`."""
+    resolved = check_directory(path)
+    if marker is not None:
+        if "/" in marker or marker in ("", ".", ".."):
+            raise ServiceFault("a marker is the name of a file: %r" % marker)
+        below = []
+        if os.path.isdir(resolved):
+            below = [
+                os.path.join(resolved, name)
+                for name in sorted(os.listdir(resolved))
+                if not os.path.islink(os.path.join(resolved, name))
+            ]
+        return [_kept(each) for each in [resolved, *below] if os.path.isdir(each) and os.path.lexists(os.path.join(each, marker))]
+    return [_kept(resolved)]
+
+
+def _kept(path: str) -> "Dict[str, Any]":
+    shown: "Dict[str, Any]" = {"path": path, "state": "absent", "size": None, "modified": None}
+    try:
+        info = os.stat(path)
+    except OSError:
+        return shown
+    if not stat.S_ISDIR(info.st_mode):
+        return dict(shown, state="populated", size=info.st_size, modified=_when(info.st_mtime))
+    if os.listdir(path):
+        return dict(shown, state="populated", modified=_when(info.st_mtime))
+    return dict(shown, state="empty")
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+
+
+__all__ = ["SYSTEM", "ServiceFault", "StateError", "check_directory", "clear", "end_tree", "handshake", "log_tail", "persistent", "stop", "tree",
+           "verify_port"]  # fmt: skip

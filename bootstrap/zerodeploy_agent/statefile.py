@@ -1,0 +1,209 @@
+"""The JSON files of services, one for each key: ``server/`` on the host that runs it, ``client/`` where it is used.
+
+They are written to a file beside them, synced and renamed, so that a reader sees the old or the new one. A file that can't be
+read is one bad row and not the end of a listing. A pid counts only together with the process's start time and the boot: a number
+alone may be anybody's by now.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+
+from .foundprocess import boot_id, start_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Dict, Iterator, List, Mapping, Optional
+
+BASE = "REMOTE_HTTP_LAUNCHER_DIR"
+SERVER, CLIENT = "server", "client"
+STARTING, RUNNING, FAILED, STALE, MALFORMED = "starting", "running", "failed", "stale", "malformed"
+_MOST_BYTES = 1 << 20
+_MOST_KEY = 200  # bytes: a file name has 255 on most systems, with room for endings
+
+
+class StateError(Exception):
+    """A key that is none, or a state file that can't be used. The text names it."""
+
+
+def base_dir(environment: "Optional[Mapping[str, str]]" = None) -> str:
+    """Where the files of this user are: `BASE`, or ``~/.remote-http-launcher``."""
+    given = (os.environ if environment is None else environment).get(BASE, "")
+    return os.path.abspath(os.path.expanduser(given or "~/.remote-http-launcher"))
+
+
+def check_key(key: str) -> str:
+    """*key*, if it can be the name of a file. Raises `StateError`."""
+    size = len(key.encode("utf-8", "surrogateescape"))
+    if not key or key.startswith((".", "-")) or "/" in key or size > _MOST_KEY or not key.isprintable():
+        raise StateError(
+            "the key %.80r can't name a file: 1 to %d printable bytes without /, not beginning with . or -" % (key, _MOST_KEY)
+        )
+    return key
+
+
+class States:
+    """The files of one side, `SERVER` or `CLIENT`, below *base*."""
+
+    def __init__(self, side: str, base: "Optional[str]" = None) -> None:
+        self.folder = os.path.join(base or base_dir(), side)
+
+    def path(self, key: str) -> str:
+        """Raises `StateError`, as all that take a key."""
+        return os.path.join(self.folder, check_key(key) + ".json")
+
+    def log_path(self, key: str) -> str:
+        return os.path.join(self.folder, check_key(key) + ".log")
+
+    def read(self, key: str) -> "Optional[Dict[str, Any]]":
+        """What the file says; None where there is none. Raises `StateError` for one that holds no JSON object."""
+        path = self.path(key)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StateError("the state file %s can't be read: %s" % (path, error.strerror)) from None
+        try:
+            data = b""
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                while len(data) <= _MOST_BYTES:
+                    more = os.read(fd, _MOST_BYTES + 1)
+                    if not more:
+                        break
+                    data += more
+        finally:
+            os.close(fd)
+        try:
+            state = json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError):
+            state = None
+        if not isinstance(state, dict) or len(data) > _MOST_BYTES:
+            raise StateError("the state file %s holds no JSON object; rhl-rm removes it" % path)
+        return state
+
+    def write(self, key: str, state: "Mapping[str, Any]") -> None:
+        """Raises `OSError`; then the old file is as it was."""
+        path = self.path(key)
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        temporary = os.path.join(self.folder, ".%s.%d.%s" % (key, os.getpid(), os.urandom(4).hex()))
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                view = memoryview((json.dumps(state, indent=1, sort_keys=True) + "\n").encode("ascii"))
+                while view:
+                    view = view[os.write(fd, view) :]
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        self._sync()
+
+    def _sync(self) -> None:
+        fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def remove(self, key: str) -> bool:
+        """Whether there was one. The log stays."""
+        try:
+            os.unlink(self.path(key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def names(self) -> "List[str]":
+        """The keys that there is a file of, sorted."""
+        try:
+            names = os.listdir(self.folder)
+        except OSError:
+            return []
+        return sorted(name[:-5] for name in names if name.endswith(".json") and not name.startswith("."))
+
+    def rows(self) -> "Iterator[Dict[str, Any]]":
+        """Each file's ``key``, ``status``, ``port``, ``pid``, ``workdir``, ``log``, and ``meta`` where there is one."""
+        for key in self.names():
+            try:
+                state = self.read(key)
+            except StateError as error:
+                yield {
+                    "key": key,
+                    "status": MALFORMED,
+                    "port": None,
+                    "pid": None,
+                    "workdir": None,
+                    "log": None,
+                    "error": str(error),
+                }
+                continue
+            if state is not None:  # it was removed meanwhile
+                yield row(key, state)
+
+    def lock(self, key: str, timeout: float) -> int:
+        """A descriptor that holds the key's lock: who launches or stops has it alone. Raises `StateError` after *timeout* s."""
+        import fcntl
+
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        fd = os.open(
+            os.path.join(self.folder, "." + check_key(key) + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+        until = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    os.close(fd)
+                    raise StateError("somebody else has been launching or stopping %r for %g s" % (key, timeout)) from None
+                time.sleep(0.02)
+
+
+def row(key: str, state: "Mapping[str, Any]") -> "Dict[str, Any]":
+    """A state as `States.rows` gives it: ``stale`` where the file speaks of a process that is gone."""
+    shown = {"key": key, "status": status_of(state), **{name: state.get(name) for name in ("port", "pid", "workdir", "log")}}
+    if "meta" in state:
+        shown["meta"] = state["meta"]
+    return shown
+
+
+def status_of(state: "Mapping[str, Any]") -> str:
+    """The status that the file has, or ``stale`` where that can't be true any more."""
+    status = state.get("status")
+    if status in (STARTING, RUNNING) and not lives(state):
+        return STALE
+    return status if isinstance(status, str) else MALFORMED
+
+
+def identity(pid: int) -> "Dict[str, Any]":
+    """What a state file keeps of a process, to know it again."""
+    return {"pid": pid, "pid_start": start_of(pid), "boot_id": boot_id()}
+
+
+def lives(state: "Mapping[str, Any]") -> bool:
+    """Whether the process that *state* speaks of runs: that very one, and this user's.
+
+    A file of an older launcher has a pid alone; it is believed if the process is ours and was started before the file was written
+    (``pid_start`` is missing then).
+    """
+    pid = state.get("pid")
+    if isinstance(pid, bool) or not isinstance(pid, int) or pid <= 1 or pid >= 1 << 31:
+        return False
+    try:
+        if os.stat("/proc/%d" % pid).st_uid != os.geteuid():
+            return False
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            if file.read().rsplit(b")", 1)[1].split()[0] in (b"Z", b"X"):
+                return False
+    except (OSError, IndexError):
+        return False
+    known = state.get("pid_start")
+    return known is None or (known == start_of(pid) and state.get("boot_id") == boot_id())

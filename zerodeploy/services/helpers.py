@@ -1,0 +1,299 @@
+"""The ``rhl-*`` commands: what people and launchers do to services on the host they run on. Thin: the engine is the agent's.
+
+Exit status: 0 done, 1 an error, 2 usage. Standard output carries results alone. Options are taken as they are written, never
+abbreviated, so that a guard which parses them sees what the helper sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zerodeploy_agent import services, statefile
+from zerodeploy_agent.services import ServiceFault
+from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
+
+__all__ = ["HELPERS", "parser", "run"]
+
+_PROBE_S = 5.0
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """How the helper *name* reads its arguments."""
+    made = _Parser(prog=name, description=HELPERS[name][1])
+    HELPERS[name][2](made)
+    return made
+
+
+def run(name: str, argv: Sequence[str] | None = None) -> int:
+    """The helper's exit status. Raises SystemExit for usage (2) and --help (0)."""
+    given = parser(name).parse_args(sys.argv[1:] if argv is None else list(argv))
+    try:
+        return int(HELPERS[name][0](given) or 0)
+    except (StateError, ServiceFault) as error:
+        return _say(name, str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:
+        return _say(name, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _say(name: str, text: str) -> int:
+    print(f"{name}: {text}", file=sys.stderr)
+    return 1
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print(" ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+# looking
+
+
+def _inspect_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("key")
+    made.add_argument("--with-mtime", action="store_true", help='{"mtime": seconds since 1970, "data": the state}')
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    states = States(SERVER)
+    state = states.read(given.key)
+    if state is None:
+        return _say("rhl-inspect", f"no state file for {given.key!r}")
+    if given.with_mtime:
+        print(json.dumps({"mtime": os.stat(states.path(given.key)).st_mtime, "data": state}, separators=(",", ":")))
+    else:
+        print(json.dumps(state, indent=2))
+    return 0
+
+
+def _logs_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("key")
+    made.add_argument("--tail", type=_count, metavar="N", help="only the last N lines")
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _logs(given: argparse.Namespace) -> int:
+    states = States(SERVER)
+    state = states.read(given.key)
+    path = states.log_path(given.key)
+    if state is None or not os.path.exists(path):
+        return _say("rhl-logs", f"no log file for {given.key!r}" + ("" if state else ": no state file"))
+    for data in services.log_tail(path, given.tail):
+        sys.stdout.buffer.write(data)
+    sys.stdout.flush()
+    return 0
+
+
+def _ps_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--client", action="store_true", help="connections of this side, not services")
+    made.add_argument("--host", metavar="SSH_HOST", help="only connections through this host")
+    made.add_argument("--status", metavar="STATE", help="only those in this state")
+    made.add_argument("--key", action="store_true", help="keys alone")
+    made.add_argument("--no-status", action="store_true", help="what the files say, without a look at the processes")
+    made.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _ps(given: argparse.Namespace) -> int:
+    rows = list(_client_rows() if given.client else _server_rows(probe=not given.no_status))
+    rows = [row for row in rows if given.host in (None, row.get("ssh_host")) and given.status in (None, row.get("status"))]
+    for row in rows:
+        if row.get("error"):
+            _say("rhl-ps", row["error"])
+    if given.key:
+        for row in rows:
+            print(row["key"])
+    elif given.json:
+        for row in rows:
+            print(_json(row))
+    elif given.client:
+        _table(
+            [
+                ["KEY", "SSH-HOST", "HOST", "PORT"],
+                *([row["key"], str(row["ssh_host"]), str(row["host"]), _shown(row["port"])] for row in rows),
+            ]
+        )
+    else:
+        _table([["KEY", "STATUS", "PORT"], *([row["key"], str(row["status"]), _shown(row["port"])] for row in rows)])
+    return 0
+
+
+def _shown(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _server_rows(*, probe: bool) -> Any:
+    states = States(SERVER)
+    for row in states.rows():
+        if "error" in row:
+            yield row
+            continue
+        try:
+            state = states.read(row["key"]) or {}
+        except StateError:
+            continue
+        live = statefile.lives(state) if probe else None
+        yield {**state, "key": row["key"], "status": row["status"] if probe else state.get("status"), "json_status": state.get("status"), "live": live,
+               "port": state.get("port")}  # fmt: skip
+
+
+def _client_rows() -> Any:
+    states = States(CLIENT)
+    for key in states.names():
+        try:
+            state = states.read(key)
+        except StateError as error:
+            yield {"key": key, "ssh_host": None, "host": None, "port": None, "status": statefile.MALFORMED, "error": str(error)}
+            continue
+        if state is not None:
+            host = state.get("hostname")
+            yield {**state, "key": key, "host": host, "ssh_host": state.get("ssh_hostname", host), "port": state.get("port")}
+
+
+# probing
+
+
+def _pid_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("pid", type=_count, metavar="PID")
+
+
+def _pid_alive(given: argparse.Namespace) -> int:
+    if not 0 < given.pid < 1 << 31:
+        return _say("rhl-pid-alive", f"{given.pid} is no pid")
+    return 0 if os.path.exists(f"/proc/{given.pid}") and not services._gone(given.pid, -1) else 1
+
+
+def _port_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("host", metavar="HOST")
+    made.add_argument("port", type=_count, metavar="PORT")
+
+
+def _verify_port(given: argparse.Namespace) -> int:
+    said = services.verify_port(given.host, given.port)
+    return _say("rhl-verify-port", f"{given.host} port {given.port}: {said}") if said else 0
+
+
+def _url_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("url", metavar="URL")
+
+
+def _handshake(given: argparse.Namespace) -> int:
+    status, said = services.handshake(given.url, _PROBE_S)
+    if said:
+        _say("rhl-handshake", f"{given.url}: {said}")
+    return status
+
+
+# doing
+
+
+def _keys_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("keys", nargs="+", metavar="KEY")
+
+
+def _stop(given: argparse.Namespace) -> int:
+    status = 0
+    for key in given.keys:
+        try:
+            print(f"{key}: {services.stop(key)}", flush=True)
+        except (StateError, ServiceFault, OSError) as error:
+            status = _say("rhl-stop", f"{key}: {error}")
+    return status
+
+
+def _rm_options(made: argparse.ArgumentParser) -> None:
+    _keys_options(made)
+    made.add_argument("--client", action="store_true", help="only the connection")
+    made.add_argument("--server", action="store_true", help="only the service's state")
+
+
+def _rm(given: argparse.Namespace) -> int:
+    both = given.client == given.server
+    sides = [side for side, wanted in ((CLIENT, given.client), (SERVER, given.server)) if wanted or both]
+    for key in given.keys:
+        removed = [States(side).path(key) for side in sides if States(side).remove(key)]
+        for path in removed:
+            print(f"removed {path}")
+        if not removed:
+            print(f"{key}: not found")
+    return 0
+
+
+def _persistent_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("paths", nargs="+", metavar="PATH")
+    made.add_argument("--marker", metavar="FILENAME", help="only directories that hold a file of this name")
+    made.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _ps_persistent(given: argparse.Namespace) -> int:
+    rows = [row for path in given.paths for row in services.persistent(path, given.marker)]
+    if given.json:
+        for row in rows:
+            print(_json(row))
+    else:
+        _table(
+            [
+                ["PATH", "STATE", "SIZE", "MODIFIED"],
+                *([row["path"], row["state"], _shown(row["size"]), _shown(row["modified"])] for row in rows),
+            ]
+        )
+    return 0
+
+
+def _clear_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("path", metavar="PATH")
+
+
+def _clear(given: argparse.Namespace) -> int:
+    print(f"removed {services.clear(given.path)} item(s) from {given.path}")
+    return 0
+
+
+#: by name: what it does, its description, its options
+HELPERS: dict[str, tuple[Callable[[argparse.Namespace], int], str, Callable[[argparse.ArgumentParser], None]]] = {
+    "rhl-inspect": (_inspect, "Print a service's state.", _inspect_options),
+    "rhl-logs": (_logs, "Print a service's log. Read it before rhl-rm removes the state.", _logs_options),
+    "rhl-ps": (_ps, "List services and their states, or the connections of this side.", _ps_options),
+    "rhl-pid-alive": (_pid_alive, "Exit 0 if the process lives, 1 if not.", _pid_options),
+    "rhl-verify-port": (_verify_port, "Exit 0 if something accepts connections there; three tries.", _port_options),
+    "rhl-handshake": (_handshake, "GET URL: exit 0 for 2xx, 1 without an answer, 2 for another status.", _url_options),
+    "rhl-stop": (_stop, "Stop services with all that they have started. Their state stays.", _keys_options),
+    "rhl-rm": (_rm, "Remove state files of this side, of services, or both. Logs stay.", _rm_options),
+    "rhl-ps-persistent": (_ps_persistent, "Say whether directories are absent, empty or populated.", _persistent_options),
+    "rhl-clear": (_clear, "Remove what is directly in a directory.", _clear_options),
+}
+
+
+def _script(name: str) -> Callable[[], None]:
+    def main() -> None:
+        sys.exit(run(name))
+
+    return main
+
+
+rhl_inspect, rhl_logs, rhl_ps, rhl_pid_alive, rhl_verify_port, rhl_handshake, rhl_stop, rhl_rm, rhl_ps_persistent, rhl_clear = map(
+    _script, HELPERS
+)
