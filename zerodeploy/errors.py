@@ -29,6 +29,7 @@
      |   +- JobsUnavailable        the jobs server, or a host's supervisor, can't be reached
      +- ServiceError               a service, or its description, is not good
      |   +- TemplateError          a template of a service's description
+     |   +- GuardRefused           a command that rhl-guard does not let through
      +- MapError                   items of a map that have no value
      +- UsageError (also ValueError)  an argument that makes no sense
 
@@ -48,6 +49,7 @@ __all__ = [
     "ClusterError",
     "ForwardingRefused",
     "ForwardingRefusedWarning",
+    "GuardRefused",
     "HostError",
     "HostKeyError",
     "HostKeyMismatch",
@@ -136,6 +138,10 @@ class JobsUnavailable(JobError):
 
 class ServiceError(ZeroDeployError):
     """A service can't be launched, or what describes it is not good."""
+
+
+class GuardRefused(ServiceError):
+    """A command that ``rhl-guard`` does not let through. The text says why, and nothing that a file holds."""
 
 
 class TemplateError(ServiceError):

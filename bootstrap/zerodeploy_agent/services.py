@@ -248,6 +248,8 @@ def clear(path: str) -> int:
     except NotADirectoryError:
         raise ServiceFault("not a directory: %s" % path) from None
     try:
+        if os.readlink("/proc/self/fd/%d" % fd) != resolved:  # a link on the way was changed meanwhile
+            raise ServiceFault("the path leads elsewhere now: %s" % path)
         names = os.listdir(fd)
         for name in names:
             _remove(fd, name)

@@ -36,7 +36,7 @@ def parser(name: str) -> argparse.ArgumentParser:
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:
     """The helper's exit status. Raises SystemExit for usage (2) and --help (0)."""
-    given = parser(name).parse_args(sys.argv[1:] if argv is None else list(argv))
+    given = parser(name).parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     try:
         return int(HELPERS[name][0](given) or 0)
     except (StateError, ServiceFault) as error:

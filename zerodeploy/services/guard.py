@@ -1,0 +1,249 @@
+"""``rhl-guard``, for ``command="rhl-guard …"`` in authorized_keys: lets the ``rhl-*`` helpers through, and nothing else.
+
+The decision is `decide`, a function of the command and the policy; only then is anything executed. No shell ever sees the client's
+words: they are split as a shell would, refused if a shell would do more with them, and handed to the helper one by one. Options are
+read by the helper's own parser, so that the guard sees what the helper will see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from zerodeploy.errors import GuardRefused
+from zerodeploy.services import helpers
+
+__all__ = ["Policy", "decide", "policy_of", "run"]
+
+SEAMLESS_MARKERS = ("seamless.db", ".HASHSERVER_PREFIX")
+SYSTEM_ROOTS = ("/", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/boot", "/sys", "/proc", "/run", "/var", "/opt")
+_MOST_BYTES = 64 << 10
+_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+_SHELL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f;&|<>`(){}\\*?\[\]!#]|\$")
+#: what of the environment a helper gets
+_KEPT = (
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+    "TMPDIR",
+    "REMOTE_HTTP_LAUNCHER_DIR",
+    "RHL_TOOLS_YAML",
+    "XDG_RUNTIME_DIR",
+)
+_DIRECT = """rhl-guard: this program is an SSH guard for remote-http-launcher.
+It must be invoked via SSH, not run directly.
+
+To install, add to ~/.ssh/authorized_keys on the remote server:
+    command="rhl-guard --data-roots /path/to/data-roots",restrict ssh-ed25519 AAAA... your-key-comment
+
+To test a specific command:
+    SSH_ORIGINAL_COMMAND="rhl-ps" rhl-guard --permissive-paths"""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which paths a client may name. One of these; none of them: no helper that takes a path."""
+
+    roots: tuple[str, ...] | None = None
+    markers: tuple[str, ...] = ()
+    permissive: bool = False
+
+    @property
+    def declared(self) -> bool:
+        return self.roots is not None or bool(self.markers) or self.permissive
+
+
+#: helpers that take a path of the client's, and where their parser puts it
+_PATHS = {"rhl-clear": "path", "rhl-ps-persistent": "paths", "rhl-launch-service": "workdir"}
+
+
+def decide(command: str, policy: Policy, home: str) -> list[str]:
+    """The helper's name and its arguments. Raises `GuardRefused`; looks at the file system, and changes nothing."""
+    if len(command.encode("utf-8", "surrogateescape")) > _MOST_BYTES:
+        raise GuardRefused("the command is too long")
+    words = _split(command)
+    if not words or words[0] not in helpers.HELPERS:
+        raise GuardRefused(f"command not in whitelist: {command[:200]!r}")
+    name, arguments = words[0], words[1:]
+    if name in _PATHS and not policy.declared:
+        raise GuardRefused(
+            "configure rhl-guard with one path-policy flag: --data-roots PATH, --clear-policy seamless, --clear-policy marker:NAME, or "
+            "--permissive-paths; see Path policy in the documentation"
+        )
+    given = _parsed(name, arguments)
+    if name in _PATHS and given is not None:
+        named = getattr(given, _PATHS[name])
+        checked = [_checked(path, policy, home, name) for path in (named if isinstance(named, list) else [named])]
+        return [name, *_rebuilt(name, given, checked)]
+    return [name, *arguments]
+
+
+def _rebuilt(name: str, given: argparse.Namespace, paths: list[str]) -> list[str]:
+    """The arguments again, with the paths that were checked in place of the client's: a link may lead elsewhere by then."""
+    if name == "rhl-clear":
+        return ["--", *paths]
+    marker = [] if given.marker is None else [f"--marker={given.marker}"]
+    return [*marker, *(["--json"] if given.json else []), "--", *paths]
+
+
+def _split(command: str) -> list[str]:
+    """The words, without assignments in front. Raises `GuardRefused` for anything that a shell would not take as plain words.
+
+    Inside single quotes a shell leaves all as it is; outside, and in double quotes, whatever means something to it is refused,
+    except for ``$HOME`` and ``$PATH`` in the assignments, which are dropped.
+    """
+    rest = command.lstrip(" \t")
+    while (found := _ASSIGNMENT.match(rest)) is not None:
+        end = _end_of_word(rest, found.end())
+        rest = rest[end:].lstrip(" \t")
+    bare = re.sub(r"'[^']*'", "", rest)
+    if "'" in bare or _SHELL.search(bare) or any(ord(char) < 32 and char != "\t" for char in rest) or "\x7f" in rest:
+        raise GuardRefused(f"command not in whitelist: {command[:200]!r}")
+    try:
+        return shlex.split(rest)
+    except ValueError:
+        raise GuardRefused(f"command not in whitelist: {command[:200]!r}") from None
+
+
+def _end_of_word(text: str, at: int) -> int:
+    """Where an assignment's value ends. Only plain characters, ``$NAME`` and quotes without more are one."""
+    found = re.compile(
+        r"(?:[\w./:+,@%=~-]|\$[A-Za-z_]\w*|\$\{[A-Za-z_]\w*\}|'[^'\n]*'|\"(?:[\w ./:+,@%=~-]|\$[A-Za-z_]\w*|\$\{[A-Za-z_]\w*\})*\")*"
+    ).match(text, at)
+    end = found.end() if found is not None else at
+    if end < len(text) and text[end] not in " \t":
+        raise GuardRefused(f"command not in whitelist: {text[:200]!r}")
+    return end
+
+
+def _parsed(name: str, arguments: Sequence[str]) -> argparse.Namespace | None:
+    """As the helper will read them; None where it will print its help and no more."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            return helpers.parser(name).parse_intermixed_args(list(arguments))
+    except SystemExit as error:
+        if error.code == 0:
+            return None
+        last = said.getvalue().strip().splitlines()[-1:] or [f"{name}: bad arguments"]
+        raise GuardRefused(last[0]) from None
+
+
+def _checked(path: str, policy: Policy, home: str, name: str) -> str:
+    """*path*, resolved: the heuristics that always count, then the policy. Raises `GuardRefused`."""
+    shown = path[:200]
+    expanded = home + path[1:] if path == "~" or path.startswith("~/") else path
+    if not os.path.isabs(expanded):
+        raise GuardRefused(f"not an absolute path: {shown!r}")
+    resolved, real_home = os.path.realpath(expanded), os.path.realpath(home)
+    for each in (os.path.normpath(expanded), resolved):
+        if any(part.startswith(".") for part in each.split("/")) or "/." in expanded:
+            raise GuardRefused(f"a part of the path begins with a dot: {shown!r}")
+        for top in (os.path.normpath(home), real_home):
+            if top == each or top.startswith(each.rstrip("/") + "/"):
+                raise GuardRefused(f"the home directory, or what it is in: {shown!r}")
+        if each in SYSTEM_ROOTS:
+            raise GuardRefused(f"a directory of the system: {shown!r}")
+    if policy.roots is not None and not any(
+        resolved == root or resolved.startswith(root.rstrip("/") + "/") for root in policy.roots
+    ):
+        raise GuardRefused(f"not under a data root: {shown!r}")
+    if (
+        policy.markers
+        and name != "rhl-launch-service"
+        and not any(os.path.isfile(os.path.join(resolved, marker)) for marker in policy.markers)
+    ):
+        raise GuardRefused(f"no marker in {shown!r}")
+    return resolved
+
+
+def _options() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="rhl-guard", allow_abbrev=False, description="Let the rhl-* helpers through, and nothing else."
+    )
+    made.add_argument("--data-roots", metavar="FILE", help="paths must be one of those in FILE, or below one")
+    made.add_argument("--clear-policy", metavar="seamless|marker:NAME", help="paths must hold a marker file")
+    made.add_argument("--permissive-paths", action="store_true", help="any path that passes the heuristics; not recommended")
+    return made
+
+
+def policy_of(argv: Sequence[str], home: str) -> Policy:
+    """The policy of the guard's own arguments. Raises `GuardRefused`, SystemExit (usage)."""
+    given = _options().parse_args(list(argv))
+    if sum((given.data_roots is not None, given.clear_policy is not None, given.permissive_paths)) > 1:
+        raise GuardRefused("--data-roots, --clear-policy and --permissive-paths exclude each other")
+    if given.data_roots is not None:
+        return Policy(roots=_roots(given.data_roots, home))
+    if given.clear_policy is not None:
+        if given.clear_policy == "seamless":
+            return Policy(markers=SEAMLESS_MARKERS)
+        kind, _, marker = given.clear_policy.partition(":")
+        if kind != "marker" or not marker or "/" in marker or marker in (".", ".."):
+            raise GuardRefused("--clear-policy is seamless or marker:NAME, the name of a file")
+        return Policy(markers=(marker,))
+    return Policy(permissive=given.permissive_paths)
+
+
+def _roots(path: str, home: str) -> tuple[str, ...]:
+    expanded = home + path[1:] if path.startswith("~/") else path
+    try:
+        with open(expanded, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError):
+        raise GuardRefused("the file of --data-roots can't be read") from None
+    roots = []
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        root = home + line[1:] if line == "~" or line.startswith("~/") else line
+        if not os.path.isabs(root):
+            raise GuardRefused(f"line {number} of the file of --data-roots is no absolute path")  # and what it is stays there
+        roots.append(os.path.realpath(root))
+    return tuple(roots)
+
+
+def environment_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a helper gets of it."""
+    return {name: environment[name] for name in _KEPT if name in environment}
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Decide about ``SSH_ORIGINAL_COMMAND``, and become the helper or say why not (exit status 1; 2 for usage)."""
+    import pwd
+
+    home = pwd.getpwuid(os.geteuid()).pw_dir if "HOME" not in os.environ else os.environ["HOME"]
+    command = os.environ.get("SSH_ORIGINAL_COMMAND")
+    try:
+        policy = policy_of(sys.argv[1:] if argv is None else argv, home)
+        if not command:
+            print(
+                _DIRECT
+                if command is None and "SSH_CONNECTION" not in os.environ
+                else "rhl-guard: rejected: interactive sessions are not allowed",
+                file=sys.stderr,
+            )
+            return 1
+        name, *arguments = decide(command, policy, home)
+    except GuardRefused as refusal:
+        print(f"rhl-guard: rejected: {refusal}", file=sys.stderr)
+        return 1
+    code = "import sys; from zerodeploy.services.helpers import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-I", "-c", code, name, *arguments], environment_of(os.environ))
+    raise AssertionError  # execve does not return
+
+
+def main() -> None:
+    sys.exit(run())
