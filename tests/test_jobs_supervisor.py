@@ -149,6 +149,27 @@ def test_it_ends_when_nobody_needs_it(state, monkeypatch):
     wait_until(lambda: not state.exists(), 8, lambda: f"nothing is left of an empty one: {list(state.rglob('*'))}")
 
 
+def test_it_ends_after_many_jobs_too(state):
+    line = Line(state)
+    pid = line.hello["pid"]
+    for _ in range(30):
+        line.start("sleep", "3.5")
+    line.close()
+    wait_until(lambda: not alive(pid), 15, "it ends after the last of them")
+
+
+def test_sigterm_at_any_moment(state):
+    """Also while it holds the lock of its loop."""
+    for number in range(8):
+        line = Line(state)
+        for _ in range(40):
+            line.send("start", command="true")
+        time.sleep(number * 0.003)  # some other moment each time
+        os.kill(line.hello["pid"], signal.SIGTERM)
+        wait_until(lambda line=line: not alive(line.hello["pid"]), 10, "it ends")
+        line.close()
+
+
 def test_a_client_that_is_killed_leaves_nothing(state):
     code = (
         "import sys, json, time\nfrom tests.test_jobs_supervisor import Line\nline = Line(sys.argv[1])\n"

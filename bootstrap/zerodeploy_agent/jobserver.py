@@ -54,8 +54,6 @@ class JobServer:
         self._listener.listen(512)
         self._listener.setblocking(False)
         self.loop.watch(self._listener.fileno(), self._accept)
-        for job in self.jobs.jobs():
-            self._notice_end(job)
 
     def find(self, request: "Dict[str, Any]") -> Job:
         """The job that a request names, if it is its owner's. Raises `NoSuchJob`."""
@@ -110,9 +108,8 @@ class JobServer:
         if not self._connections and not self.loop.closed:
             if not running:
                 self.loop.stop()
-            elif len(running) <= 16:  # see to the end of the last ones
-                for job in running:
-                    self._notice_end(job)
+            else:
+                self._notice_end(running[0])  # and then look again
 
     def end(self, grace: "Any", then: "Callable[[], None]") -> None:
         """Stop all jobs, call *then* when they are over, and end."""
@@ -121,8 +118,12 @@ class JobServer:
         for job in running:
             self.jobs.begin_stop(job.id, grace)
 
+        told = False
+
         def look() -> None:
-            if not self.loop.closed and all(job.final for job in running):
+            nonlocal told
+            if not told and all(job.final for job in running):
+                told = True
                 then()
                 self.loop.later(0, self.loop.stop)
 

@@ -28,7 +28,7 @@ class Loop:
         self._callbacks: "Dict[int, Callable[[], None]]" = {}
         self._timers: "List[Tuple[float, int, Callable[[], None]]]" = []
         self._ticket = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may ask for something while this thread holds it
         self._wake_read, self._wake = os.pipe()
         for fd in (self._wake_read, self._wake):
             os.set_blocking(fd, False)
