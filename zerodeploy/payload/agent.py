@@ -60,7 +60,7 @@ _AGENT_LATE = ("bundle.py", "forward.py", "kept.py", "payloads.py", "relay.py", 
 _AGENT_JOBS = ("cgroups.py", "foundprocess.py", "job.py", "jobrequests.py", "jobserver.py", "jobsocket.py", "jobstate.py", "leftover.py", "limits.py", "loop.py", "outputlog.py",
                "processes.py", "supervisor.py")  # fmt: skip
 # the engine of services serves this side alone, so far
-_AGENT_HERE = ("services.py", "statefile.py")
+_AGENT_HERE = ("launching.py", "services.py", "statefile.py")
 
 # packages whose own __init__ imports everything: an import of one part must not load all
 _STUBS = {
