@@ -73,6 +73,15 @@ def test_errors(deploy):
     ):
         with pytest.raises(UsageError):
             server.jobs.start(**bad)
+    for bad in (
+        {"argv": ["true"], "env": 5},
+        {"argv": ["true"], "env": [("A", "b")]},
+        {"argv": ["true"], "label": 5},
+        {"argv": {"a": 1}},
+        {"argv": 7},
+    ):
+        with pytest.raises(UsageError):
+            server.jobs.start(**bad)
     with pytest.raises(JobError, match="the directory to run in"):
         server.jobs.start(["true"], cwd="/no/such")
     with pytest.raises(JobError, match="the limit nothing"):
@@ -192,14 +201,28 @@ def test_the_supervisor_of_a_deployment_is_killed(deploy):
     job = server.jobs.start(["sleep", "1000"])
     supervisor = parent(job.status().pid)
     kill(supervisor)
+    wait_until(lambda: not alive(supervisor), 5, "it is dead")
     with pytest.raises(JobsUnavailable, match="can be found again"):
-        for _ in range(100):
-            job.status()
+        server.jobs.start(["true"])
     assert job.status().state == "running"
+    kill(parent_of_supervisor(job, server))
+    assert job.status().state == "running", "who only looks finds the next one by itself"
     assert job.stop().state == "lost"
     traces = Traces(server)
     server.close()
     traces.assert_gone(1)
+
+
+def parent_of_supervisor(job, server) -> int:
+    """The pid of the supervisor that has found the job again: it holds the lock of the state directory."""
+    place = Path(server.info.private_dir) / "jobs" / "lock"
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if any(os.readlink(f"/proc/{name}/fd/{fd}") == str(place) for fd in os.listdir(f"/proc/{name}/fd")):
+                return int(name)
+        except OSError:
+            continue
+    raise LookupError(job.id)
 
 
 def parent(pid: int) -> int:

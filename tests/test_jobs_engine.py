@@ -440,6 +440,94 @@ def test_what_a_leader_has_left_is_stopped(jobs):
     kill(pid)
 
 
+def members(pid: int) -> list[int]:
+    """Living processes of the group *pid*."""
+    found = []
+    for each in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            if os.getpgid(each) == pid and alive(each):
+                found.append(each)
+        except OSError:
+            pass
+    return found
+
+
+LEADER_AND_STUBBORN = "(trap '' TERM; echo up; exec sleep 1000 >&- 2>&-) & %s"
+
+
+def test_stop_waits_for_what_a_leader_has_left(jobs):
+    id = jobs.start("sh", ["-c", LEADER_AND_STUBBORN % "exit 0"])
+    assert output_of(jobs, id) == b"up\n"
+    wait_until(lambda: jobs.job(id).leftover is not None, 5, "it is known")
+    began = time.monotonic()
+    jobs.stop(id, 0.3)
+    assert members(jobs.status(id).pid) == [] and 0.2 < time.monotonic() - began < 3
+    jobs.forget(id)
+
+
+def test_later_stops_can_hurry_and_can_not_spare(jobs):
+    for first, second in ((20, 0.2), (0.6, None)):
+        id = jobs.start("sh", ["-c", LEADER_AND_STUBBORN % "exec sleep 1000"])
+        next(jobs.watch_output(id))
+        jobs.begin_stop(id, first)
+        wait_until(lambda id=id: jobs.job(id).exited, 5, "the leader has ended")
+        began = time.monotonic()
+        jobs.stop(id, second)
+        wait_until(lambda id=id: members(jobs.status(id).pid) == [], 5, "all are gone")
+        assert time.monotonic() - began < 5
+
+
+def test_close_ends_what_leaders_have_left(tmp_path):
+    jobs = Supervisor(str(tmp_path / "state"), grace_s=0.2)
+    ids = [jobs.start("sh", ["-c", LEADER_AND_STUBBORN % end]) for end in ("exit 0", "exec sleep 1000")]
+    for id in ids:
+        next(jobs.watch_output(id))
+    wait_until(lambda: jobs.job(ids[0]).leftover is not None, 5, "it is known")
+    jobs.close(True, stop_jobs=True)
+    assert [members(jobs.status(id).pid) for id in ids] == [[], []]
+
+
+def test_a_job_that_is_dead_when_it_is_found_again(tmp_path):
+    """As a zombie, which somebody else waits for late."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: the zombie comes to us
+    try:
+        code = (
+            f"import sys, time\nsys.path.insert(0, {str(FAR)!r})\nfrom zerodeploy_agent.supervisor import Supervisor\n"
+            "jobs = Supervisor(sys.argv[1])\nid = jobs.start('sleep', ['0.3'])\nprint(id, jobs.status(id).pid, flush=True)\ntime.sleep(1000)"
+        )
+        client = client_process(code, str(tmp_path / "state"))
+        id, pid = client.stdout.readline().split()  # type: ignore[union-attr]
+        client.kill()
+        client.communicate()
+        wait_until(lambda: not alive(int(pid)), 5, "it has ended")
+        assert os.path.exists(f"/proc/{pid}"), "and nobody has waited for it"
+        again = Supervisor(str(tmp_path / "state"))
+        assert again.status(id).state == "lost" and again.stop(id, 0.2, timeout=5).state == "lost"
+        again.forget(id)
+        again.close(0, stop_jobs=True)
+        os.waitpid(int(pid), 0)
+    finally:
+        ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+
+
+def test_members_of_a_found_job_are_killed_too(tmp_path):
+    code = (
+        f"import sys, time\nsys.path.insert(0, {str(FAR)!r})\nfrom zerodeploy_agent.supervisor import Supervisor\n"
+        f"jobs = Supervisor(sys.argv[1])\nid = jobs.start('sh', ['-c', {LEADER_AND_STUBBORN % 'exec sleep 1000'!r}])\nnext(jobs.watch_output(id))\n"
+        "print(id, jobs.status(id).pid, flush=True)\ntime.sleep(1000)"
+    )
+    client = client_process(code, str(tmp_path / "state"))
+    id, pid = client.stdout.readline().split()  # type: ignore[union-attr]
+    client.kill()
+    client.communicate()
+    again = Supervisor(str(tmp_path / "state"))
+    assert len(members(int(pid))) == 2 and again.status(id).state == "running"
+    assert again.stop(id, 0.3).state == "lost" and members(int(pid)) == []
+    again.close()
+
+
 def test_an_offset_that_never_comes(jobs):
     id = jobs.start("sh", ["-c", "sleep 0.2; echo hi"])
     with pytest.raises(OffsetError, match="3 bytes"):

@@ -46,7 +46,12 @@ class Job:
     @property
     def final(self) -> bool:
         """Whether nothing of it will change any more: it has ended, its output is there, and whom a stop still sees to is gone."""
-        return self.over and self.process.done.is_set() and not (self.leftover is not None and self.leftover.stopping)
+        return self.over and self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether its end is known, and whom a stop still sees to is gone."""
+        return self.process.done.is_set() and not (self.leftover is not None and self.leftover.stopping)
 
     def tell(self) -> None:
         """Something has changed."""

@@ -33,7 +33,8 @@ GRACE_S = 10.0
 QUOTA_BYTES = 1 << 30  # of a job's output on disk; what comes behind it is a gap
 _DRAIN_S = 2.0  # for what is left in the pipes when the leader has ended: a grandchild may hold them for ever
 _READ_BYTES = 1 << 18
-_RECHECK_S = 0.01
+_RECHECK_S = 0.01  # at first, whether others of a group that is being stopped are left
+_RECHECK_MOST_S = 0.25
 _ROUNDS = 4  # reads of one pipe before the others get their turn
 
 
@@ -81,6 +82,7 @@ class Supervisor:
         for job in self._journal.load():
             self._add(job)
             if job.process.look():
+                job.process.reap()
                 job.exited = job.over = True
             else:
                 self._watch_process(job)
@@ -220,7 +222,7 @@ class Supervisor:
         job = self.begin_stop(id, grace)
         until = None if timeout is None else time.monotonic() + timeout
         with job.changed:
-            while not job.process.done.is_set():
+            while not job.ended:
                 if self._closed:
                     raise JobError("the supervisor was closed while the job %s ran" % id)
                 left = None if until is None else until - time.monotonic()
@@ -320,7 +322,7 @@ class Supervisor:
     def close(self, grace: "Union[float, None, bool]" = None, *, stop_jobs: bool = False) -> None:
         """Serve no longer. With *stop_jobs* all are stopped first; without, they run on, and lose their output. Twice is fine."""
         if stop_jobs and not self._closed:
-            running = [job for job in self.jobs() if not job.exited]
+            running = [job for job in self.jobs() if not job.ended or job.leftover is not None]
             for job in running:
                 self.begin_stop(job.id, grace)
             for job in running:
@@ -407,17 +409,17 @@ class Supervisor:
         if job.process.done.is_set():
             return
         if job.stopping and job.grace is not None and job.process.others():
-            self.loop.later(again_s, lambda: self._reap(job, again_s * 2))
+            self.loop.later(again_s, lambda: self._reap(job, min(again_s * 2, _RECHECK_MOST_S)))
             return
         self._reaped(job)
 
     def _reaped(self, job: Job) -> None:
         job.process.reap()
-        if isinstance(job.process, Process):
-            leftover = Leftover(job.process.status().pid)
-            if leftover.descriptors:
-                job.leftover = leftover
-                self._watch_leftover(job, leftover)
+        leftover = Leftover(job.process.status().pid)
+        if leftover.descriptors:
+            leftover.stopping = job.stopping and job.grace is not None
+            job.leftover = leftover
+            self._watch_leftover(job, leftover)
         if job.over:  # what was written to the state lacks the usage
             self._save_end(job)
         job.tell()
@@ -459,10 +461,12 @@ class Supervisor:
 
     def _ask_to_stop(self, job: Job, grace: "Optional[float]", reason: str = "") -> None:
         with job.changed:
-            if not job.exited:
+            if not job.exited and not (job.stopping and grace is None):  # who waits for a kill gets it
                 job.stopping, job.grace = True, grace
             leftover = job.leftover
         if job.exited:
+            if not job.process.done.is_set() and grace is not None:  # others of its group are being waited for
+                self.loop.later(grace, lambda: self._kill(job))
             if leftover is not None and leftover.signal(15):
                 leftover.signal(18)
                 if grace is not None:
@@ -481,5 +485,7 @@ class Supervisor:
 
     def _kill(self, job: Job) -> None:
         job.process.signal(9)
+        if job.leftover is not None:
+            job.leftover.signal(9)
         if job.exited and not job.process.done.is_set():
             self._reaped(job)

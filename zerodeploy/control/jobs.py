@@ -37,11 +37,19 @@ class JobsLink:
         self._lines: dict[str, _Line] = {}
 
     def ask(self, place: str, do: str, **fields: object) -> dict[str, Any]:
-        """A quick request to the supervisor at *place*. Raises JobError and its kin, LinkLost."""
+        """A quick request to the supervisor at *place*. Raises JobError and its kin, LinkLost.
+
+        One that only looks is asked again if the supervisor has ended since the last request: the next one knows as much.
+        """
         with self._lock:
             line = self._lines.get(place)
-            if line is None or line.broken:
-                line = self._lines[place] = self.line(place)
+            if line is not None and not line.broken:
+                try:
+                    return line.ask(do, **fields)
+                except JobsUnavailable:
+                    if do not in ("status", "list"):
+                        raise
+            line = self._lines[place] = self.line(place)
             return line.ask(do, **fields)
 
     def ask_alone(self, place: str, do: str, **fields: object) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,8 @@ class Job:
 
     def signal(self, number: int) -> JobStatus:
         """A signal to its process group. Raises `JobError` when it has ended."""
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise UsageError(f"a signal is a number, as signal.SIGTERM; not {number!r}")
         return self._ask("signal", signal=int(number))
 
     def forget(self) -> None:
@@ -161,13 +163,17 @@ class Jobs:
             JobError: it can't be started (``errno`` says why), or a limit can't be enforced. There is no job then.
             JobsUnavailable: the host can't run a supervisor.
         """
-        if isinstance(argv, str | bytes) or not argv:
+        if isinstance(argv, str | bytes | Mapping) or not isinstance(argv, Iterable) or not argv:
             raise UsageError(f'a command is a list of words, as ["ls", "-l"]; got {argv!r}. For a shell: ["sh", "-c", "…"]')
         try:
             words = [os.fsdecode(word) for word in argv]
             place = os.fsdecode(cwd) if cwd is not None else None
         except TypeError as error:
             raise UsageError(f"a command and its directory are strings or paths: {error}") from None
+        if env is not None and not isinstance(env, Mapping):
+            raise UsageError(f"env is a mapping, as {{'NAME': 'value'}}; not {env!r}")
+        if not isinstance(label, str):
+            raise UsageError(f"label is a string, not {label!r}")
         for name, value in (env or {}).items():
             if not isinstance(name, str) or not isinstance(value, str) or not name or "=" in name or "\0" in name + value:
                 raise UsageError(f"env can't hold {name!r}: {value!r}")
