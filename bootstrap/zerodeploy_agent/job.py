@@ -40,6 +40,7 @@ class Job:
         self.over = False  # ended, and its pipes are drained
         self.grace: "Optional[float]" = None
         self.stopping = self.exited = False
+        self.settled = False  # it was reaped, and who is left of its group is known
         self.leftover: "Optional[Leftover]" = None  # of its group, when the leader has ended
         self.reason = ""  # why it was stopped, if nobody has asked for that
 
@@ -51,7 +52,8 @@ class Job:
     @property
     def ended(self) -> bool:
         """Whether its end is known, and whom a stop still sees to is gone."""
-        return self.process.done.is_set() and not (self.leftover is not None and self.leftover.stopping)
+        leftover = self.leftover
+        return self.settled and not (leftover is not None and leftover.stopping)
 
     def tell(self) -> None:
         """Something has changed."""

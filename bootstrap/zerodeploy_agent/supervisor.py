@@ -83,7 +83,7 @@ class Supervisor:
             self._add(job)
             if job.process.look():
                 job.process.reap()
-                job.exited = job.over = True
+                job.exited = job.over = job.settled = True
             else:
                 self._watch_process(job)
                 self._watch_time(job)
@@ -297,7 +297,7 @@ class Supervisor:
     def forget(self, id: str) -> None:
         """Remove a job that has ended, and its output. Raises `JobError` while it runs."""
         job = self.job(id)
-        if not job.process.done.is_set():
+        if not job.settled:
             raise JobError("the job %s runs: stop it first" % id)
         if job.leftover is not None:
             raise JobError("processes that the job %s has started run on: stop it first" % id)
@@ -420,6 +420,7 @@ class Supervisor:
             leftover.stopping = job.stopping and job.grace is not None
             job.leftover = leftover
             self._watch_leftover(job, leftover)
+        job.settled = True
         if job.over:  # what was written to the state lacks the usage
             self._save_end(job)
         job.tell()
