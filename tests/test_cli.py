@@ -990,3 +990,9 @@ def test_the_installed_command_is_the_same(place):
     can_or_skip(script.exists(), "the project is not installed")
     done = subprocess.run([script, "run", "local", "--", "sh", "-c", "exit 6"], env=place.env, timeout=LIMIT_S, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (6, b"", b"")
+
+
+def test_no_command_waits_for_what_only_jobs_need():
+    code = "import sys, zerodeploy.cli.commands\nprint(sorted({'asyncio', 'ssl', 'grpclib', 'google.protobuf', 'cryptography'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "[]\n"

@@ -295,35 +295,34 @@ def test_a_reader_that_goes_or_stops(gproc):
     os.close(reader)
 
 
-def test_the_server_goes_in_mid_stream(tmp_path):
+@pytest.fixture
+def own(tmp_path):
+    """A server that may be broken, with a client that watches a job on it."""
     server = JobsServer(make_pki(tmp_path), tmp_path / "state")
-    try:
-        gproc = Gproc(server)
-        watcher = gproc.popen("start", "-l", "sh", "-c", "echo up; exec sleep 1000")
-        assert watcher.stdout.readline() == b"up\n"
-        server.kill()
-        text = watcher.communicate(timeout=20)[1].decode()
-        assert watcher.returncode == 255 and "the connection broke" in text and "Traceback" not in text, text
-    finally:
-        server.close()
+    gproc = Gproc(server)
+    watcher = gproc.popen("start", "-l", "sh", "-c", "echo up; exec sleep 1000")
+    assert watcher.stdout.readline() == b"up\n"
+    yield server, gproc, watcher
+    server.close()
 
 
-def test_a_lost_job_and_a_gap(tmp_path):
-    server = JobsServer(make_pki(tmp_path), tmp_path / "state")
-    try:
-        gproc = Gproc(server)
-        watcher = gproc.popen("start", "-l", "sh", "-c", "echo up; exec sleep 1000")
-        assert watcher.stdout.readline() == b"up\n"
-        kill(server.supervisor())
-        wait_until(lambda: gproc("list").returncode == 0, 10, "the server has another supervisor")
-        line = gproc("list").stdout.decode()
-        gproc("stop", line.split()[0])
-        text = watcher.communicate(timeout=20)[1].decode()
-        assert watcher.returncode == 1 and "nobody knows" in text, text
-        done = gproc("start", "-l", "--limit", "output_bytes=5", "echo", "0123456789")
-        assert done.stdout == b"01234" and b"gproc: 6 bytes of output were not kept" in done.stderr and done.returncode == 0
-    finally:
-        server.close()
+def test_the_server_goes_in_mid_stream(own):
+    server, _, watcher = own
+    server.kill()
+    text = watcher.communicate(timeout=20)[1].decode()
+    assert watcher.returncode == 255 and "the connection broke" in text and "Traceback" not in text, text
+
+
+def test_a_lost_job_and_a_gap(own):
+    server, gproc, watcher = own
+    kill(server.supervisor())
+    wait_until(lambda: gproc("list").returncode == 0, 10, "the server has another supervisor")
+    line = gproc("list").stdout.decode()
+    gproc("stop", line.split()[0])
+    text = watcher.communicate(timeout=20)[1].decode()
+    assert watcher.returncode == 1 and "nobody knows" in text, text
+    done = gproc("start", "-l", "--limit", "output_bytes=5", "echo", "0123456789")
+    assert done.stdout == b"01234" and b"gproc: 6 bytes of output were not kept" in done.stderr and done.returncode == 0
 
 
 def test_gproc_is_a_command_of_the_installation():

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from zerodeploy_agent import outputlog, processes, supervisor
+from zerodeploy_agent import jobstate, outputlog, processes, supervisor
 from zerodeploy_agent.foundprocess import start_of
 from zerodeploy_agent.limits import LimitError
 from zerodeploy_agent.outputlog import STDERR, STDOUT, OutputLog, Reader
@@ -413,6 +413,19 @@ def test_closing_wakes_who_waits(tmp_path):
     assert len(errors) == 2 and all("was closed" in text for text in errors)
 
 
+def test_nobody_comes_in_while_an_empty_directory_goes(tmp_path, monkeypatch):
+    held = []
+    whole = jobstate.remove_all
+    monkeypatch.setattr(jobstate, "remove_all", lambda state_dir: (held.append(jobstate.lock_of(state_dir)), whole(state_dir)))
+    jobs = Supervisor(str(tmp_path / "state"))
+    jobs.close(remove_empty=True)
+    assert held == [-1] and not (tmp_path / "state").exists()
+    jobs = Supervisor(str(tmp_path / "state"))
+    jobs.start("true")
+    jobs.close(remove_empty=True)
+    assert held == [-1] and (tmp_path / "state").exists(), "it has a job"
+
+
 def test_one_supervisor_for_a_directory(tmp_path):
     jobs = Supervisor(str(tmp_path / "state"))
     with pytest.raises(JobError, match="another supervisor uses"):
@@ -487,44 +500,45 @@ def test_close_ends_what_leaders_have_left(tmp_path):
     assert [members(jobs.status(id).pid) for id in ids] == [[], []]
 
 
+def left_by_a_killed_supervisor(state: Path, *argv: str, wait_for_output: bool = False) -> tuple[str, int]:
+    """Id and pid of a job that a supervisor has started, which was killed then."""
+    code = (
+        f"import sys, time\nsys.path.insert(0, {str(FAR)!r})\nfrom zerodeploy_agent.supervisor import Supervisor\n"
+        f"jobs = Supervisor(sys.argv[1])\nid = jobs.start({argv[0]!r}, {list(argv[1:])!r})\n"
+        f"if {wait_for_output}: next(jobs.watch_output(id))\nprint(id, jobs.status(id).pid, flush=True)\ntime.sleep(1000)"
+    )
+    client = client_process(code, str(state))
+    id, pid = client.stdout.readline().split()  # type: ignore[union-attr]
+    client.kill()
+    client.communicate()
+    return id, int(pid)
+
+
 def test_a_job_that_is_dead_when_it_is_found_again(tmp_path):
     """As a zombie, which somebody else waits for late."""
     import ctypes
 
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: the zombie comes to us
     try:
-        code = (
-            f"import sys, time\nsys.path.insert(0, {str(FAR)!r})\nfrom zerodeploy_agent.supervisor import Supervisor\n"
-            "jobs = Supervisor(sys.argv[1])\nid = jobs.start('sleep', ['0.3'])\nprint(id, jobs.status(id).pid, flush=True)\ntime.sleep(1000)"
-        )
-        client = client_process(code, str(tmp_path / "state"))
-        id, pid = client.stdout.readline().split()  # type: ignore[union-attr]
-        client.kill()
-        client.communicate()
-        wait_until(lambda: not alive(int(pid)), 5, "it has ended")
+        id, pid = left_by_a_killed_supervisor(tmp_path / "state", "sleep", "0.3")
+        wait_until(lambda: not alive(pid), 5, "it has ended")
         assert os.path.exists(f"/proc/{pid}"), "and nobody has waited for it"
         again = Supervisor(str(tmp_path / "state"))
         assert again.status(id).state == "lost" and again.stop(id, 0.2, timeout=5).state == "lost"
         again.forget(id)
         again.close(0, stop_jobs=True)
-        os.waitpid(int(pid), 0)
+        os.waitpid(pid, 0)
     finally:
         ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
 
 
 def test_members_of_a_found_job_are_killed_too(tmp_path):
-    code = (
-        f"import sys, time\nsys.path.insert(0, {str(FAR)!r})\nfrom zerodeploy_agent.supervisor import Supervisor\n"
-        f"jobs = Supervisor(sys.argv[1])\nid = jobs.start('sh', ['-c', {LEADER_AND_STUBBORN % 'exec sleep 1000'!r}])\nnext(jobs.watch_output(id))\n"
-        "print(id, jobs.status(id).pid, flush=True)\ntime.sleep(1000)"
+    id, pid = left_by_a_killed_supervisor(
+        tmp_path / "state", "sh", "-c", LEADER_AND_STUBBORN % "exec sleep 1000", wait_for_output=True
     )
-    client = client_process(code, str(tmp_path / "state"))
-    id, pid = client.stdout.readline().split()  # type: ignore[union-attr]
-    client.kill()
-    client.communicate()
     again = Supervisor(str(tmp_path / "state"))
-    assert len(members(int(pid))) == 2 and again.status(id).state == "running"
-    assert again.stop(id, 0.3).state == "lost" and members(int(pid)) == []
+    assert len(members(pid)) == 2 and again.status(id).state == "running"
+    assert again.stop(id, 0.3).state == "lost" and members(pid) == []
     again.close()
 
 

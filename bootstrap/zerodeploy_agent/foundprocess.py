@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import functools
 import os
-import select
 import threading
 import time
 
-from .processes import LOST, STOPPING, Status, pidfd_open
+from .processes import LOST, STOPPING, Status, has_ended, pidfd_open, stat_of
 
 
 class Found:
@@ -36,9 +35,7 @@ class Found:
         """Whether it has ended. The descriptor stays, for whoever watches it."""
         with self._lock:
             if not self._status.final:
-                poll = select.poll()
-                poll.register(self.pidfd, select.POLLIN)
-                if not poll.poll(0):
+                if not has_ended(self.pidfd):
                     return False
                 self._lose()
             return True
@@ -85,11 +82,7 @@ class Ended(Found):
 
 def start_of(pid: int) -> str:
     """When the process *pid* was started (proc(5), field 22 of stat, clock ticks since boot); empty where nobody tells."""
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            return file.read().rsplit(b")", 1)[1].split()[19].decode("ascii")
-    except (OSError, IndexError):
-        return ""
+    return b"".join(stat_of(pid)[19:20]).decode("ascii")
 
 
 @functools.lru_cache(maxsize=1)

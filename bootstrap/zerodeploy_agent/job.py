@@ -18,6 +18,10 @@ class JobError(Exception):
     """Something is wrong with what was asked about a job."""
 
 
+class Busy(JobError):
+    """Another supervisor uses the state directory."""
+
+
 class NoSuchJob(JobError, KeyError):
     """There is no job of that id."""
 
@@ -54,6 +58,10 @@ class Job:
         """Whether its end is known, and whom a stop still sees to is gone."""
         leftover = self.leftover
         return self.settled and not (leftover is not None and leftover.stopping)
+
+    def no_offset(self, offset: object) -> OffsetError:
+        """The error for an offset behind the end."""
+        return OffsetError("the output has %d bytes, there is no offset %r" % (self.log.end, offset))
 
     def tell(self) -> None:
         """Something has changed."""

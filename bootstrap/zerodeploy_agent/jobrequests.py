@@ -11,7 +11,7 @@ from .limits import LimitError
 from .loop import READ, WRITE
 from .outputlog import Reader
 from .processes import LOST
-from .supervisor import JobError, NoSuchJob
+from .supervisor import JobError, NoSuchJob, OffsetError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 
 PROTOCOL = 1
+#: gRPC's names for what a supervisor says
+CODES = {"no-job": "NOT_FOUND", "os": "FAILED_PRECONDITION", "limit": "FAILED_PRECONDITION", "state": "FAILED_PRECONDITION",
+         "quota": "RESOURCE_EXHAUSTED", "value": "INVALID_ARGUMENT", "offset": "OUT_OF_RANGE"}  # fmt: skip
 _LOST = "the supervisor that started it is gone: nobody knows how it ended"
 _TEXT = 600  # characters of an error: some hold a word of the client's, which may be long
 _LIST_BYTES = 1 << 20  # of the arguments of the jobs in one answer
@@ -44,6 +47,7 @@ MOST_LABEL = 1024  # characters of a label, and of a key
 NO_SUCH_JOB = "no such job"  # the same for a missing and for a foreign one
 _LINE_BYTES = 16 << 20  # of a request: arguments and environment of a process have 2 MiB on most systems
 _READ_BYTES = 1 << 16
+SIGNALS = frozenset(map(int, signal.valid_signals()))
 #: there was no room for another job: not the command's fault
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
 
@@ -92,7 +96,6 @@ class Connection:
         self._jobs = server.jobs
         self._in = bytearray()
         self._out: "List[bytes]" = []
-        self._held = 0
         self._followed: "Dict[str, Callable[[], None]]" = {}
         self._changed: "Set[str]" = set()
         self._watching: "Optional[Watching]" = None
@@ -151,14 +154,12 @@ class Connection:
         if self._closed:
             return
         self._out += buffers
-        self._held += sum(map(len, buffers))
         self._flush()
 
     def _flush(self) -> None:
         try:
             while self._out:
                 sent = self._sock.sendmsg(self._out[:64])
-                self._held -= sent
                 while sent:
                     first = self._out[0]
                     if len(first) <= sent:
@@ -267,7 +268,7 @@ class Connection:
     def _do_signal(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         job = self._server.find(request)
         number = request["signal"]
-        if isinstance(number, bool) or not isinstance(number, int) or number not in signals():
+        if isinstance(number, bool) or not isinstance(number, int) or number not in SIGNALS:
             raise Refused("value", "there is no signal %r" % number)
         self._jobs.signal(job.id, number)
         return {"job": about(job)}
@@ -282,7 +283,7 @@ class Connection:
     def _do_stop(self, request: "Dict[str, Any]") -> None:
         job = self._server.find(request)
         self._jobs.begin_stop(job.id, request.get("grace", self._grace))
-        self._server.when_final(job, lambda: self._tell({"re": request.get("id"), "job": about(job)}))
+        self._do_wait(request)
 
     def _do_wait(self, request: "Dict[str, Any]") -> None:
         job = self._server.find(request)
@@ -330,7 +331,7 @@ class Connection:
             raise Refused("value", "this connection watches a job already")
         offset = request.get("from", 0)
         if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0 or (job.over and offset > job.log.end):
-            raise Refused("offset", _no_offset(job, offset))
+            raise job.no_offset(offset)
         self._watching = Watching(self, job, request)
         self._watching.unsubscribe = self._jobs.subscribe(job.id, self._pump_soon)
         self._pump_soon()
@@ -342,7 +343,7 @@ class Connection:
         """The output is at its end."""
         self._watching = None
         if job.over and offset > job.log.end:
-            self._tell({"re": request.get("id"), "error": "offset", "text": _no_offset(job, offset)})
+            self._tell(dict(failure(job.no_offset(offset)), re=request.get("id")))
         else:
             self._tell({"re": request.get("id"), "job": about(job)})
 
@@ -375,10 +376,6 @@ class Watching:
         self._reader.close()
 
 
-def _no_offset(job: Job, offset: object) -> str:
-    return "the output has %d bytes, there is no offset %r" % (job.log.end, offset)
-
-
 def failure(error: BaseException) -> "Dict[str, Any]":
     """What a client is told of *error*."""
     if isinstance(error, Refused):
@@ -387,6 +384,8 @@ def failure(error: BaseException) -> "Dict[str, Any]":
         return {"error": "no-job", "text": NO_SUCH_JOB}
     if isinstance(error, LimitError):
         return {"error": "limit", "text": _text(error)}
+    if isinstance(error, OffsetError):
+        return {"error": "offset", "text": str(error)}
     if isinstance(error, JobError):
         return {"error": "state", "text": str(error)}
     if isinstance(error, OSError):
@@ -402,7 +401,3 @@ def _text(error: BaseException) -> str:
     """What *error* says; a long word of the client's in it is cut."""
     text = str(error)
     return text if len(text) <= _TEXT else text[: _TEXT // 2] + " [...] " + text[-_TEXT // 4 :]
-
-
-def signals() -> "Set[int]":
-    return {int(each) for each in signal.valid_signals()}

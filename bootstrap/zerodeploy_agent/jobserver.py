@@ -14,12 +14,13 @@ import json
 import os
 import signal
 import socket
-import struct
 import sys
 
 from . import jobstate
+from .job import Busy, NoSuchJob
 from .jobrequests import NO_SUCH_JOB, Connection
-from .supervisor import NoSuchJob, Supervisor
+from .peer import of_this_user
+from .supervisor import Supervisor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ _LINGER_S = 3.0
 
 
 class JobServer:
-    """The supervisor of *state_dir* and its socket. `serve` returns when it is over. Raises `OSError`."""
+    """The supervisor of *state_dir* and its socket. `serve` returns when it is over. Raises `Busy`, `OSError`."""
 
-    def __init__(self, state_dir: str, lock: int, **options: "Any") -> None:
-        self.jobs = Supervisor(state_dir, lock=lock, **options)
+    def __init__(self, state_dir: str, **options: "Any") -> None:
+        self.jobs = Supervisor(state_dir, **options)
         self.loop = self.jobs.loop
         self._connections: "Set[Connection]" = set()
         self.ending = False
@@ -87,12 +88,10 @@ class JobServer:
             sock, _ = self._listener.accept()
         except OSError:
             return
-        if hasattr(socket, "SO_PEERCRED"):
-            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            if uid != os.geteuid():
-                sock.close()
-                return
-        self._connections.add(Connection(self, sock))
+        if of_this_user(sock):
+            self._connections.add(Connection(self, sock))
+        else:
+            sock.close()
 
     def left(self, connection: Connection) -> None:
         self._connections.discard(connection)
@@ -143,10 +142,7 @@ class JobServer:
         self._listener.close()
         for connection in list(self._connections):
             connection.finish()
-        empty = not self.jobs.jobs()
-        self.jobs.close()
-        if empty:
-            jobstate.remove_all(self.jobs.state_dir)
+        self.jobs.close(remove_empty=True)
 
 
 def short_path(at: int, state_dir: str) -> str:
@@ -160,16 +156,14 @@ def main(options: "Dict[str, Any]") -> None:
     status = 1
     try:
         state_dir = os.path.abspath(options["state_dir"])
-        os.makedirs(state_dir, 0o700, exist_ok=True)
-        os.chmod(state_dir, 0o700)
-        lock = jobstate.lock_of(state_dir)
-        if lock < 0:
+        try:
+            server = JobServer(state_dir, **options.get("supervisor", {}))
+        except Busy:
             os.write(1, b'{"error": "locked"}\n')
             os._exit(0)
         log = os.open(os.path.join(state_dir, jobstate.LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         os.ftruncate(log, 0)
         os.dup2(log, 2)
-        server = JobServer(state_dir, lock, **options.get("supervisor", {}))
         signal.signal(signal.SIGTERM, lambda number, frame: server.loop.later(0, lambda: server.end(True, lambda: None)))
         for each in signal.valid_signals():  # what is ignored here, as in a shell's background, would be in every job
             if each != signal.SIGPIPE and (each == signal.SIGHUP or signal.getsignal(each) is signal.SIG_IGN):

@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Dict, Optional, Tuple
 
-MODULES = ("__init__", "cgroups", "foundprocess", "importer", "job", "jobrequests", "jobserver", "jobstate", "leftover", "limits", "loop", "outputlog", "processes",
+MODULES = ("__init__", "cgroups", "foundprocess", "importer", "job", "jobrequests", "jobserver", "jobstate", "leftover", "limits", "loop", "outputlog", "peer", "processes",
            "supervisor")  # fmt: skip
 _RETRY_S = 0.02
 _WAIT_S = 10.0
@@ -77,12 +77,12 @@ def connect(state_dir: str, options: "Optional[Dict[str, Any]]" = None, *, relea
         time.sleep(_RETRY_S)  # it is just starting, or ending
 
 
-def users_dir() -> str:
+def users_dir(name: str = "jobs") -> str:
     """Where the user's own jobs are, which belong to no deployment (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(base):
         base = os.path.join(os.path.expanduser("~"), ".local", "state")
-    return os.path.join(base, "zerodeploy", "jobs")
+    return os.path.join(base, "zerodeploy", name)
 
 
 def has_jobs(state_dir: str) -> bool:

@@ -185,10 +185,15 @@ def remove_all(state_dir: str) -> None:
 
 
 def lock_of(state_dir: str) -> int:
-    """A descriptor that holds the directory's lock, or -1 while another process serves it. Raises `OSError`."""
+    """A descriptor that holds the directory's lock, or -1 while another process serves it. The directory is made, 0700.
+
+    Raises `OSError`.
+    """
     import fcntl
 
     while True:
+        os.makedirs(state_dir, 0o700, exist_ok=True)
+        os.chmod(state_dir, 0o700)
         fd = os.open(os.path.join(state_dir, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 
@@ -67,12 +68,9 @@ def _directory(workdir: str) -> str:
 def _check_program(words: "Sequence[str]", environment: "Mapping[str, str]", place: str) -> None:
     if not words or not words[0] or any("\0" in word for word in words):
         raise ServiceFault("no command, or one with a NUL in it: %.200r" % (list(words),))
-    folders = [""] if "/" in words[0] else environment.get("PATH", os.defpath).split(os.pathsep)
-    for folder in folders:
-        path = os.path.join(place, folder, words[0])
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return
-    raise ServiceFault("there is no program %r%s" % (words[0], "" if "/" in words[0] else " in PATH"))
+    name = os.path.join(place, words[0]) if "/" in words[0] else words[0]
+    if shutil.which(name, path=environment.get("PATH", os.defpath)) is None:
+        raise ServiceFault("there is no program %r%s" % (words[0], "" if "/" in words[0] else " in PATH"))
 
 
 def _start(states: States, key: str, place: str, words: "Sequence[str]", environment: "Mapping[str, str]", network_interface: str,

@@ -7,9 +7,9 @@ while one of them lives, and is in the group, the group may be signalled; after 
 from __future__ import annotations
 
 import os
-import select
+import threading
 
-from .processes import pidfd_open
+from .processes import has_ended, in_group, pidfd_open, pids
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Leftover:
     def __init__(self, group: int) -> None:
         self._group = group
         self._held: "Dict[int, int]" = {}  # pid to descriptor
+        self._lock = threading.Lock()  # who signals must not meet who gives descriptors back
         self.stopping = False
         try:
             os.killpg(group, 0)
@@ -33,21 +34,19 @@ class Leftover:
 
     def look(self) -> bool:
         """Forget the dead, find who has joined; whether one lives."""
+        with self._lock:
+            return self._look()
+
+    def _look(self) -> bool:
         for pid, fd in list(self._held.items()):
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            if poll.poll(0):
+            if has_ended(fd):
                 del self._held[pid]
                 os.close(fd)
-        try:
-            names = os.listdir("/proc")
-        except OSError:
-            names = []
-        for name in names:
-            if name.isdigit() and int(name) not in self._held and len(self._held) < _MOST and _in_group(name, self._group):
-                fd = pidfd_open(int(name))
-                if fd >= 0 and _in_group(name, self._group):
-                    self._held[int(name)] = fd
+        for pid in pids():
+            if pid not in self._held and len(self._held) < _MOST and in_group(pid, self._group):
+                fd = pidfd_open(pid)
+                if fd >= 0 and in_group(pid, self._group):
+                    self._held[pid] = fd
                 elif fd >= 0:
                     os.close(fd)
         return bool(self._held)
@@ -59,30 +58,17 @@ class Leftover:
 
     def signal(self, number: int) -> bool:
         """False when nobody is left that is known."""
-        if not any(_in_group(str(pid), self._group) and not _ended(fd) for pid, fd in self._held.items()):
-            return False
-        try:
-            os.killpg(self._group, number)
-        except OSError:
-            return False
-        return True
+        with self._lock:
+            if not any(in_group(pid, self._group) and not has_ended(fd) for pid, fd in self._held.items()):
+                return False
+            try:
+                os.killpg(self._group, number)
+            except OSError:
+                return False
+            return True
 
     def close(self) -> None:
-        held, self._held = self._held, {}
+        with self._lock:
+            held, self._held = self._held, {}
         for fd in held.values():
             os.close(fd)
-
-
-def _ended(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _in_group(name: str, group: int) -> bool:
-    try:
-        with open("/proc/%s/stat" % name, "rb") as file:
-            fields = file.read().rsplit(b")", 1)[1].split()
-    except (OSError, IndexError):
-        return False
-    return fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X")

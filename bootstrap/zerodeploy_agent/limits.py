@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 RLIMITS = {"memory_bytes": "RLIMIT_AS", "open_files": "RLIMIT_NOFILE", "cpu_seconds": "RLIMIT_CPU"}
 #: by name, the controller of cgroup v2 that enforces it
 CONTROLLERS = {"memory_bytes": "memory", "cpus": "cpu", "pids": "pids", "io_bytes_per_s": "io"}
+#: all limits of a job: those of its process, and two that its supervisor sees to
+NAMES = ("memory_bytes", "cpus", "pids", "io_bytes_per_s", "open_files", "cpu_seconds", "wall_seconds", "output_bytes")
 SPARE_FDS = 64  # of the soft limit, before it is raised
 
 

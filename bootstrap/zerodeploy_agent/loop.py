@@ -25,8 +25,8 @@ class Loop:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._callbacks: "Dict[int, Callable[[], None]]" = {}
-        self._timers: "List[Tuple[float, int, Callable[[], None]]]" = []
+        self._callbacks: "Dict[int, Callable[[], object]]" = {}
+        self._timers: "List[Tuple[float, int, Callable[[], object]]]" = []
         self._ticket = itertools.count()
         self._lock = threading.RLock()  # a signal handler may ask for something while this thread holds it
         self._wake_read, self._wake = os.pipe()
@@ -35,7 +35,7 @@ class Loop:
         self._selector.register(self._wake_read, READ)
         self.closed = False
 
-    def watch(self, fd: int, callback: "Callable[[], None]", events: int = READ) -> None:
+    def watch(self, fd: int, callback: "Callable[[], object]", events: int = READ) -> None:
         """Call *callback* whenever *fd* is ready; a second call for a descriptor changes its events."""
         with self._lock:
             known = fd in self._callbacks
@@ -48,12 +48,11 @@ class Loop:
             if self._callbacks.pop(fd, None) is not None:
                 self._selector.unregister(fd)
 
-    def later(self, seconds: float, action: "Callable[[], None]") -> None:
+    def later(self, seconds: float, action: "Callable[[], object]") -> None:
         """Call *action* in so many seconds; 0: as soon as the events at hand are dealt with."""
         with self._lock:
-            first = not self._timers
             when = time.monotonic() + seconds
-            first = first or when < self._timers[0][0]
+            first = not self._timers or when < self._timers[0][0]
             heapq.heappush(self._timers, (when, next(self._ticket), action))
         if first:
             self.wake()
@@ -103,7 +102,7 @@ class Loop:
             os.close(fd)
 
 
-def _guarded(action: "Callable[[], None]") -> None:
+def _guarded(action: "Callable[[], object]") -> None:
     """One that fails is told of on standard error; the others must go on."""
     try:
         action()

@@ -6,6 +6,7 @@ Nothing here waits: `Process` is told by whoever watches its descriptors (`super
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -16,7 +17,7 @@ from .limits import Enforced, LimitError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, Mapping, Optional, Sequence
+    from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 INITIAL, RUNNING, STOPPING, EXITED, SIGNALED, FAILED, LOST = (
     "initial",
@@ -212,21 +213,7 @@ class Process:
 
     def others(self) -> bool:
         """Whether the group has members besides the leader. Linux: from /proc."""
-        group = b"%d" % self._status.pid
-        try:
-            names = os.listdir("/proc")
-        except OSError:
-            return False
-        for name in names:
-            if name.isdigit() and int(name) != self._status.pid:
-                try:
-                    with open("/proc/%s/stat" % name, "rb") as file:
-                        fields = file.read().rsplit(b")", 1)[1].split()
-                except (OSError, IndexError):
-                    continue
-                if fields[2] == group and fields[0] not in (b"Z", b"X"):
-                    return True
-        return False
+        return any(pid != self._status.pid and in_group(pid, self._status.pid) for pid in pids())
 
     def reap(self) -> None:
         """Let the zombie go, once `look` has said that the leader has ended; no signal is sent from here on."""
@@ -275,3 +262,38 @@ def pidfd_open(pid: int) -> int:
         return int(ctypes.CDLL(None, use_errno=True).syscall(434, pid, 0))
     except (ImportError, OSError, AttributeError):
         return -1
+
+
+def has_ended(fd: int) -> bool:
+    """Whether the process of a descriptor (`pidfd_open`) has."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def pids() -> "List[int]":
+    """All processes; none without /proc."""
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def stat_of(pid: int) -> "List[bytes]":
+    """The fields of /proc/PID/stat from the state on (proc(5): its field N is at N - 3); none where there is no such process."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rsplit(b")", 1)[1].split()
+    except (OSError, IndexError):
+        return []
+
+
+def runs(pid: int) -> bool:
+    """Whether it lives; a zombie does not."""
+    return stat_of(pid)[:1] not in ([], [b"Z"], [b"X"])
+
+
+def in_group(pid: int, group: int) -> bool:
+    """Whether it lives and is in that process group."""
+    fields = stat_of(pid)
+    return bool(fields) and fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X")

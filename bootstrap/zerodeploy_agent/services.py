@@ -11,12 +11,12 @@ import signal
 import stat
 import time
 
-from .processes import pidfd_open
+from .processes import has_ended, pidfd_open, pids, runs, stat_of
 from .statefile import SERVER, StateError, States, lives
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+    from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 #: directories that belong to the system, whatever is asked for
 SYSTEM = ("/", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/boot", "/sys", "/proc", "/run", "/var", "/opt", "/dev", "/home", "/root",
@@ -104,32 +104,22 @@ def _signal(pid: int, fd: int, number: int) -> None:
 
 
 def _gone(pid: int, fd: int) -> bool:
-    if fd >= 0:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(0))
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            return file.read().rsplit(b")", 1)[1].split()[0] in (b"Z", b"X")
-    except (OSError, IndexError):
-        return True
+    return has_ended(fd) if fd >= 0 else not runs(pid)
 
 
 def tree(roots: "Set[int]") -> "Set[int]":
     """Living processes of this user: *roots*, the sessions that they lead, and all below them."""
     parents: "Dict[int, int]" = {}
     sessions: "Dict[int, int]" = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                if os.stat("/proc/" + name).st_uid != os.geteuid():
-                    continue
-                with open("/proc/%s/stat" % name, "rb") as file:
-                    fields = file.read().rsplit(b")", 1)[1].split()
-            except (OSError, IndexError):
+    for pid in pids():
+        try:
+            if os.stat("/proc/%d" % pid).st_uid != os.geteuid():
                 continue
-            if fields[0] not in (b"Z", b"X"):
-                parents[int(name)], sessions[int(name)] = int(fields[1]), int(fields[3])
+        except OSError:
+            continue
+        fields = stat_of(pid)
+        if fields and fields[0] not in (b"Z", b"X"):
+            parents[pid], sessions[pid] = int(fields[1]), int(fields[3])
     found = {pid for pid in parents if pid in roots or sessions[pid] in roots}
     while True:
         more = {pid for pid, parent in parents.items() if parent in found and pid not in found}
@@ -196,7 +186,7 @@ def handshake(url: str, timeout: float = 5.0) -> "Tuple[int, str]":
 
     if not url.startswith(("http://", "https://")):
         return 1, "no http:// or https:// URL: %.100s" % url
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _no_redirect())
     try:
         with opener.open(url, timeout=timeout) as answer:
             return (0, "") if 200 <= answer.status < 300 else (2, "HTTP %d" % answer.status)
@@ -206,7 +196,7 @@ def handshake(url: str, timeout: float = 5.0) -> "Tuple[int, str]":
         return 1, str(error)
 
 
-def _NoRedirect() -> "Any":
+def _no_redirect() -> "Any":
     """An answer elsewhere is no answer here."""
     import urllib.request
 
@@ -217,20 +207,27 @@ def _NoRedirect() -> "Any":
     return Handler()
 
 
-def check_directory(path: str) -> str:
-    """*path*, absolute and resolved, if it may be looked into or cleared. Raises `ServiceFault`."""
+def check_directory(path: str, home: "Optional[str]" = None, system: "Sequence[str]" = SYSTEM) -> str:
+    """*path*, resolved, if it may be looked into or cleared: as it is written, and where it leads. Raises `ServiceFault`.
+
+    Args:
+        home: default: this user's.
+        system: directories that are refused by themselves, not what is below them.
+    """
     if not os.path.isabs(path):
-        raise ServiceFault("not an absolute path: %r" % path)
+        raise ServiceFault("not an absolute path: %.200r" % path)
     if any(part.startswith(".") for part in path.split("/")):
-        raise ServiceFault("a part of the path begins with a dot: %r" % path)
+        raise ServiceFault("a part of the path begins with a dot: %.200r" % path)
+    home = os.path.expanduser("~") if home is None else home
     resolved = os.path.realpath(path)
-    home = os.path.realpath(os.path.expanduser("~"))
-    if resolved in SYSTEM:
-        raise ServiceFault("refusing to operate on a system directory: %r" % resolved)
-    if home == resolved or home.startswith(resolved.rstrip("/") + "/"):
-        raise ServiceFault("refusing to operate on the home directory or what it is in: %r" % resolved)
+    for each in (os.path.normpath(path), resolved):
+        if each in system:
+            raise ServiceFault("refusing to operate on a system directory: %.200r" % each)
+        for top in (os.path.normpath(home), os.path.realpath(home)):
+            if top == each or top.startswith(each.rstrip("/") + "/"):
+                raise ServiceFault("refusing to operate on the home directory or what it is in: %.200r" % each)
     if any(part.startswith(".") for part in resolved.split("/")):
-        raise ServiceFault("a part of the path begins with a dot: %r" % resolved)
+        raise ServiceFault("a part of the path begins with a dot: %.200r" % resolved)
     return resolved
 
 

@@ -13,10 +13,11 @@ import stat
 import time
 
 from .foundprocess import boot_id, start_of
+from .processes import runs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, Iterator, List, Mapping, Optional
+    from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 BASE = "REMOTE_HTTP_LAUNCHER_DIR"
 SERVER, CLIENT = "server", "client"
@@ -128,24 +129,16 @@ class States:
             return []
         return sorted(name[:-5] for name in names if name.endswith(".json") and not name.startswith("."))
 
-    def rows(self) -> "Iterator[Dict[str, Any]]":
-        """Each file's ``key``, ``status``, ``port``, ``pid``, ``workdir``, ``log``, and ``meta`` where there is one."""
+    def all(self) -> "Iterator[Tuple[str, Dict[str, Any], str]]":
+        """Each file's key and state, or what is wrong with it."""
         for key in self.names():
             try:
                 state = self.read(key)
             except StateError as error:
-                yield {
-                    "key": key,
-                    "status": MALFORMED,
-                    "port": None,
-                    "pid": None,
-                    "workdir": None,
-                    "log": None,
-                    "error": str(error),
-                }
-                continue
-            if state is not None:  # it was removed meanwhile
-                yield row(key, state)
+                yield key, {}, str(error)
+            else:
+                if state is not None:  # it was removed meanwhile
+                    yield key, state, ""
 
     def lock(self, key: str, timeout: float) -> int:
         """A descriptor that holds the key's lock: who launches or stops has it alone. Raises `StateError` after *timeout* s."""
@@ -167,18 +160,10 @@ class States:
                 time.sleep(0.02)
 
 
-def row(key: str, state: "Mapping[str, Any]") -> "Dict[str, Any]":
-    """A state as `States.rows` gives it: ``stale`` where the file speaks of a process that is gone."""
-    shown = {"key": key, "status": status_of(state), **{name: state.get(name) for name in ("port", "pid", "workdir", "log")}}
-    if "meta" in state:
-        shown["meta"] = state["meta"]
-    return shown
-
-
-def status_of(state: "Mapping[str, Any]") -> str:
-    """The status that the file has, or ``stale`` where that can't be true any more."""
+def status_of(state: "Mapping[str, Any]", live: "Optional[bool]" = None) -> str:
+    """The status that the file has, or ``stale`` where that can't be true any more. *live*: of `lives`, if that was asked."""
     status = state.get("status")
-    if status in (STARTING, RUNNING) and not lives(state):
+    if status in (STARTING, RUNNING) and not (lives(state) if live is None else live):
         return STALE
     return status if isinstance(status, str) else MALFORMED
 
@@ -200,10 +185,9 @@ def lives(state: "Mapping[str, Any]") -> bool:
     try:
         if os.stat("/proc/%d" % pid).st_uid != os.geteuid():
             return False
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            if file.read().rsplit(b")", 1)[1].split()[0] in (b"Z", b"X"):
-                return False
-    except (OSError, IndexError):
+    except OSError:
+        return False
+    if not runs(pid):
         return False
     known = state.get("pid_start")
     return known is None or (known == start_of(pid) and state.get("boot_id") == boot_id())

@@ -14,7 +14,7 @@ import time
 from . import jobstate
 from .cgroups import Cgroups
 from .foundprocess import boot_id, start_of
-from .job import Job, JobError, NoSuchJob, OffsetError
+from .job import Busy, Job, JobError, NoSuchJob, OffsetError
 from .leftover import Leftover
 from .limits import Descriptors, Enforced, LimitError, whole_number
 from .loop import Loop
@@ -48,23 +48,22 @@ class Supervisor:
         quota_bytes: of each job's output; a job's own ``output_bytes`` limit may be lower.
         grace_s: between SIGTERM and SIGKILL, where `stop` is not told otherwise.
 
-    Raises `JobError` when another supervisor uses the directory.
+    Raises `Busy` when another supervisor uses the directory.
     """
 
     def __init__(self, state_dir: "Optional[str]" = None, *, quota_bytes: int = QUOTA_BYTES,
-                 grace_s: "Optional[float]" = GRACE_S, lock: int = -1) -> None:  # fmt: skip
+                 grace_s: "Optional[float]" = GRACE_S) -> None:  # fmt: skip
         self._temporary = state_dir is None
         if state_dir is None:
             import tempfile
 
             state_dir = tempfile.mkdtemp(prefix="zerodeploy-jobs-")
         self.state_dir = os.path.abspath(state_dir)
+        self._lock_fd = jobstate.lock_of(self.state_dir)
+        if self._lock_fd < 0:
+            raise Busy("another supervisor uses %s" % self.state_dir)
         self._folder = os.path.join(self.state_dir, "jobs")
         os.makedirs(self._folder, 0o700, exist_ok=True)
-        os.chmod(self.state_dir, 0o700)
-        self._lock_fd = lock if lock >= 0 else jobstate.lock_of(self.state_dir)
-        if self._lock_fd < 0:
-            raise JobError("another supervisor uses %s" % self.state_dir)
         self._quota, self._grace = quota_bytes, grace_s
         self._jobs: "Dict[str, Job]" = {}  # the oldest first
         self._keys: "Dict[Tuple[str, str], str]" = {}
@@ -249,7 +248,7 @@ class Supervisor:
         self._serve()
         job = self.job(id)
         if from_offset < 0 or (job.over and from_offset > job.log.end):
-            raise OffsetError("the output has %d bytes, there is no offset %d" % (job.log.end, from_offset))
+            raise job.no_offset(from_offset)
         return self._follow(job, Reader(job.log, from_offset))
 
     def _follow(self, job: Job, reader: Reader) -> "Iterator[Piece]":
@@ -263,7 +262,7 @@ class Supervisor:
                     if reader.offset < job.log.end:
                         continue
                     if job.over and reader.offset > job.log.end:
-                        raise OffsetError("the output has %d bytes, there is no offset %d" % (job.log.end, reader.offset))
+                        raise job.no_offset(reader.offset)
                     if job.over:
                         return
                     if self._closed:
@@ -319,8 +318,11 @@ class Supervisor:
             self._serving = threading.get_ident()
             self.loop.run()
 
-    def close(self, grace: "Union[float, None, bool]" = None, *, stop_jobs: bool = False) -> None:
-        """Serve no longer. With *stop_jobs* all are stopped first; without, they run on, and lose their output. Twice is fine."""
+    def close(self, grace: "Union[float, None, bool]" = None, *, stop_jobs: bool = False, remove_empty: bool = False) -> None:
+        """Serve no longer. With *stop_jobs* all are stopped first; without, they run on, and lose their output. Twice is fine.
+
+        With *remove_empty* a state directory without jobs goes.
+        """
         if stop_jobs and not self._closed:
             running = [job for job in self.jobs() if not job.ended or job.leftover is not None]
             for job in running:
@@ -343,9 +345,9 @@ class Supervisor:
             self._journal.close()
             if self._cgroups is not None:
                 self._cgroups.close()
-            os.close(self._lock_fd)
-            if self._temporary:
+            if self._temporary or (remove_empty and not self._jobs):
                 jobstate.remove_all(self.state_dir)
+            os.close(self._lock_fd)  # nobody else has come in before
 
     # in the serving thread
 
@@ -472,17 +474,13 @@ class Supervisor:
                 leftover.signal(18)
                 if grace is not None:
                     leftover.stopping = True
-                    self.loop.later(grace, lambda: self._kill_leftover(leftover))
+                    self.loop.later(grace, lambda: leftover.signal(9))
             return
         if reason and not job.reason and not job.process.status().stopped_by_request:
             job.reason = reason
         if job.process.stop(by_request=not reason) and grace is not None:
             self.loop.later(grace, lambda: self._kill(job))
         job.tell()
-
-    @staticmethod
-    def _kill_leftover(leftover: Leftover) -> None:
-        leftover.signal(9)
 
     def _kill(self, job: Job) -> None:
         job.process.signal(9)

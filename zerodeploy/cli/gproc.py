@@ -14,7 +14,18 @@ import click
 
 import zerodeploy
 from zerodeploy.cli.common import Context, errors_told, options_of, write_all
-from zerodeploy.cli.jobtext import gap_text, job_options, limits_of, pairs_of, status_of, tell_id, tell_line, tell_status
+from zerodeploy.cli.jobtext import (
+    gap_text,
+    job_options,
+    jobs_extra,
+    limits_of,
+    output_options,
+    pairs_of,
+    status_of,
+    tell_id,
+    tell_line,
+    tell_status,
+)
 from zerodeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +40,6 @@ Settings come from the options, then GPROC_CACERT, GPROC_CERT, GPROC_KEY and GPR
 
 Exit status: 0 done; the job's own for start -l (128+n for a signal n); 1 the server refused (no such job, a command that can't be started); 2 usage; 130 Ctrl-C, which ends the watching and not the job; 255 no connection.
 """
-_STATES = ("unspecified", "initial", "running", "stopping", "exited", "signaled", "failed", "lost")
 
 
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "obj": None})
@@ -92,12 +102,10 @@ def _run(context: click.Context, action: Callable[[JobsClient], Coroutine[Any, A
     assert settings is not None
     with errors_told(settings):
         found = _settings(context.meta["gproc"])
-        try:
-            import grpclib.client  # noqa: F401
-            from google import protobuf  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise UsageError(f"gproc needs the extra 'jobs' ({error.name} is missing): pip install 'zerodeploy[jobs]'") from None
-        from zerodeploy.jobs.client import JobsClient
+        with jobs_extra("gproc"):
+            from zerodeploy.jobs.client import JobsClient
+            from zerodeploy.jobs.grpcserver import messages, wire  # noqa: F401
+        wire.silence()
 
         async def run() -> int | None:
             async with JobsClient(found["addr"], cacert=found["cacert"], cert=found["cert"], key=found["key"]) as jobs:
@@ -218,9 +226,7 @@ def status(context: click.Context, /, id: str) -> None:
 
 
 @gproc.command()
-@click.option("--from", "offset", type=click.IntRange(0), default=0, metavar="BYTE", help="Begin there instead of at the start.")
-@click.option("--no-follow", is_flag=True, help="Only what is there already.")
-@click.argument("id")
+@output_options
 @options_of
 @click.pass_context
 def output(context: click.Context, /, offset: int, no_follow: bool, id: str) -> None:
@@ -264,8 +270,10 @@ def _seconds(stamp: Any) -> float:
 
 def _plain(job: Any) -> dict[str, Any]:
     """A JobStatus of the protocol as the other commands have it; times are seconds since 1970."""
+    from zerodeploy.jobs.grpcserver.messages import STATES
+
     shown: dict[str, Any] = {
-        "id": job.id, "state": _STATES[job.state] if job.state < len(_STATES) else str(job.state), "command": job.command, "args": list(job.args), "label": job.label,
+        "id": job.id, "state": (STATES[job.state] or "unspecified") if job.state < len(STATES) else str(job.state), "command": job.command, "args": list(job.args), "label": job.label,
         "owner": job.owner, "pid": job.pid, "exit_code": job.exit_code if job.HasField("exit_code") else None,
         "signal": job.signal if job.HasField("signal") else None, "core_dumped": job.core_dumped,
         "stopped_by_request": job.stopped_by_request, "error": job.error, "stdout_bytes": job.stdout_bytes,

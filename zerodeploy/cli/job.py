@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zerodeploy.cli.common import Context, HostCommand, deployment, errors_told, host_options, options_of, write_all
-from zerodeploy.cli.jobtext import gap_text, job_options, limits_of, pairs_of, status_of, tell_id, tell_line, tell_status
+from zerodeploy.cli.jobtext import (
+    gap_text,
+    job_options,
+    limits_of,
+    output_options,
+    pairs_of,
+    status_of,
+    tell_id,
+    tell_line,
+    tell_status,
+)
 
 if TYPE_CHECKING:
     from zerodeploy.deployment.jobs import Job, Jobs
@@ -105,9 +115,7 @@ def status(context: click.Context, /, id: str) -> None:
 
 
 @job.command()
-@click.option("--from", "offset", type=click.IntRange(0), default=0, metavar="BYTE", help="Begin there instead of at the start.")
-@click.option("--no-follow", is_flag=True, help="Only what is there already.")
-@click.argument("id")
+@output_options
 @options_of
 @click.pass_context
 def output(context: click.Context, /, offset: int, no_follow: bool, id: str) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from zerodeploy.cli.common import Context, HostCommand, errors_told, host_options, options_of, say_json
+from zerodeploy.cli.jobtext import jobs_extra
 from zerodeploy.errors import UsageError
+from zerodeploy.jobs.grpcserver.address import format_address
 
-__all__ = ["default_state_dir", "jobs", "tell_started"]
+__all__ = ["jobs", "tell_started"]
 
 _FILE = click.Path(dir_okay=False)
 
@@ -84,9 +86,11 @@ def serve(settings: Context, /, listen: str, cacert: str, cert: str, key: str, s
     A server that is killed leaves its jobs alone: the next one with the same state directory finds them again.
     """
     with errors_told(settings):
-        from zerodeploy.jobs import certificates
+        with jobs_extra("jobs serve"):
+            from zerodeploy.jobs import certificates
 
-        if why := certificates.flaw(cert, server=True):
+            why = certificates.flaw(cert, server=True)
+        if why:
             raise UsageError(why + ": no client would connect")
         wanted = {"grace_s": grace, "quota_bytes": output_quota, "most_running": max_jobs}
         if host is not None:
@@ -94,16 +98,15 @@ def serve(settings: Context, /, listen: str, cacert: str, cert: str, key: str, s
 
             serve_on(settings, host, options, listen, (cacert, cert, key), state_dir, wanted)
             return
-        try:
+        with jobs_extra("jobs serve"):
             from zerodeploy.jobs.grpcserver import serving as engine
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                f"jobs serve needs the extra 'jobs' ({error.name} is missing): pip install 'zerodeploy[jobs]'"
-            ) from None
+            from zerodeploy.jobs.grpcserver import wire
+        from zerodeploy_agent import jobsocket
+
         if os.path.exists(key) and os.stat(key).st_mode & 0o077:
             click.echo(f"zerodeploy: others can read the key {key}: chmod 600 {key}", err=True)
-        engine.silence()
-        state_dir = os.path.expanduser(state_dir) if state_dir else default_state_dir()
+        wire.silence()
+        state_dir = os.path.expanduser(state_dir) if state_dir else jobsocket.users_dir("jobs-server")
         try:
             serving = engine.Serving(listen, cacert, cert, key, state_dir, **wanted)  # type: ignore[arg-type]
 
@@ -114,17 +117,9 @@ def serve(settings: Context, /, listen: str, cacert: str, cert: str, key: str, s
             raise UsageError(str(error)) from None
 
 
-def default_state_dir() -> str:
-    """Where a person's programs keep their state (XDG Base Directory Specification)."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.local/state")
-    return os.path.join(base, "zerodeploy", "jobs-server")
-
-
 def tell_started(settings: Context, addresses: list[tuple[str, int]], state_dir: str) -> None:
     """One line that says where; the server answers from then on."""
-    shown = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses]
+    shown = [format_address(*each) for each in addresses]
     if settings.json:
         say_json({"listening": shown, "state_dir": state_dir, "pid": os.getpid()})
     else:

@@ -12,6 +12,7 @@ import click
 
 from zerodeploy.cli.common import Context, deployment, say_json
 from zerodeploy.errors import LinkLost, RemoteCallError, UsageError
+from zerodeploy.jobs.grpcserver.address import format_address
 
 __all__ = ["serve_on"]
 
@@ -44,7 +45,7 @@ def serve_on(settings: Context, host: str, options: dict[str, Any], listen: str,
             if error.type_name.endswith("ServeError"):
                 raise UsageError(str(error.args[0]), host=host) from None
             raise
-        shown = [f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name, port in addresses]
+        shown = [format_address(*each) for each in addresses]
         if settings.json:
             say_json({"host": host, "listening": shown, "state_dir": state_dir, "pid": os.getpid()})
         else:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
 import click
+from zerodeploy_agent.limits import NAMES
 
 from zerodeploy.cli.common import Context, say_json
 from zerodeploy.errors import UsageError
-from zerodeploy.jobs.client import LIMITS as _LIMITS
 
-__all__ = ["gap_text", "job_options", "limits_of", "pairs_of", "printable", "status_of", "tell_id", "tell_line", "tell_status"]
+__all__ = [
+    "gap_text",
+    "job_options",
+    "jobs_extra",
+    "limits_of",
+    "output_options",
+    "pairs_of",
+    "printable",
+    "status_of",
+    "tell_id",
+    "tell_line",
+    "tell_status",
+]
 
 
 def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,6 +41,26 @@ def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):  # fmt: skip
         function = option(function)
     return function
+
+
+def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a look at the output, and the job's id."""
+    for option in (
+        click.argument("id"),
+        click.option("--no-follow", is_flag=True, help="Only what is there already."),
+        click.option("--from", "offset", type=click.IntRange(0), default=0, metavar="BYTE", help="Begin there instead of at the start."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+@contextlib.contextmanager
+def jobs_extra(program: str) -> Iterator[None]:
+    """What is imported in here comes with the extra. Raises `UsageError` that names it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{program} needs the extra 'jobs' ({error.name} is missing): pip install 'zerodeploy[jobs]'") from None
 
 
 def pairs_of(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -50,8 +83,8 @@ def limits_of(limits: tuple[str, ...]) -> dict[str, float]:
             number = float(value)
         except ValueError:
             raise UsageError(f"--limit {text}: NAME=NUMBER is one") from None
-        if name not in _LIMITS:
-            raise UsageError(f"--limit {text}: there is no limit {name!r}, only {', '.join(_LIMITS)}")
+        if name not in NAMES:
+            raise UsageError(f"--limit {text}: there is no limit {name!r}, only {', '.join(NAMES)}")
         if name != "cpus" and not (number.is_integer() and number > 0):
             raise UsageError(f"--limit {text}: {name} is a whole number above 0")
         found[name] = number if name == "cpus" else int(value) if value.isdigit() else int(number)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from zerodeploy_agent import messages
+from zerodeploy_agent import jobrequests, messages
 from zerodeploy_agent.frames import ChannelError
 from zerodeploy_agent.messages import WORKER_CHANNEL
 from zerodeploy_agent.streams import Channel
@@ -22,9 +22,6 @@ __all__ = ["OWN", "USERS", "JobsLink"]
 OWN = "jobs:"  # the supervisor that ends with the deployment
 USERS = "jobs:~"  # and the one that outlives it
 _CONNECT_S = 30.0
-#: gRPC's names for what a supervisor says
-_CODES = {"no-job": "NOT_FOUND", "os": "FAILED_PRECONDITION", "limit": "FAILED_PRECONDITION", "state": "FAILED_PRECONDITION",
-          "quota": "RESOURCE_EXHAUSTED", "value": "INVALID_ARGUMENT", "offset": "OUT_OF_RANGE"}  # fmt: skip
 
 
 class JobsLink:
@@ -141,7 +138,9 @@ class _Line:
         told: dict[str, Any] = json.loads(line)
         if "error" in told:
             kind = NoSuchJob if told["error"] == "no-job" else JobError
-            raise kind(told["text"], host=self.host, code=_CODES.get(told["error"], "INTERNAL"), errno=told.get("errno", 0))
+            raise kind(
+                told["text"], host=self.host, code=jobrequests.CODES.get(told["error"], "INTERNAL"), errno=told.get("errno", 0)
+            )
         return told
 
     def ask(self, do: str, **fields: object) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import secrets
 import select
 import shlex
 import socket
-import struct
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ from zerodeploy_agent import frames, messages
 from zerodeploy_agent.frames import ChannelError
 from zerodeploy_agent.messages import WORKER_CHANNEL
 from zerodeploy_agent.mux import ChannelState
+from zerodeploy_agent.peer import of_this_user
 
 from zerodeploy.control.replies import Reply
 from zerodeploy.control.session import Session
@@ -97,11 +97,9 @@ class Door:
             self._loop.loop.remove_reader(self._listener)
             return
         conn.setblocking(False)
-        if sys.platform == "linux":
-            _, uid, _ = struct.unpack("3i", conn.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            if uid != os.geteuid():
-                conn.close()
-                return
+        if not of_this_user(conn):
+            conn.close()
+            return
         self._shut_listener()
         self._sock = conn
         self._loop.loop.add_reader(conn, self._asked)

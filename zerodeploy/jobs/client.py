@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
+
+from zerodeploy_agent.limits import NAMES
 
 from zerodeploy.errors import JobError, JobsUnavailable, NoSuchJob, UsageError
 
 __all__ = ["JobsClient"]
 
 _CONNECT_S = 15.0
-#: fields of ``Limits``
-LIMITS = ("memory_bytes", "cpus", "pids", "io_bytes_per_s", "open_files", "cpu_seconds", "wall_seconds", "output_bytes")
 
 
 class JobsClient:
@@ -34,7 +35,7 @@ class JobsClient:
 
     def __init__(self, addr: str, *, cacert: str, cert: str, key: str) -> None:
         from zerodeploy.jobs.grpcserver import tls
-        from zerodeploy.jobs.grpcserver.serving import parse_address
+        from zerodeploy.jobs.grpcserver.address import parse_address
 
         try:
             host, port = parse_address(addr)
@@ -71,8 +72,8 @@ class JobsClient:
         Raises: JobError (not to be started, with errno; a limit that can't be enforced; a quota), JobsUnavailable.
         """
         for limit in limits or {}:
-            if limit not in LIMITS:
-                raise UsageError(f"there is no limit {limit!r}, only {', '.join(LIMITS)}")
+            if limit not in NAMES:
+                raise UsageError(f"there is no limit {limit!r}, only {', '.join(NAMES)}")
         return await self._one("Start", command=command, args=list(args), env=dict(env or {}), cwd=cwd, limits=dict(limits or {}),
                                label=label, idempotency_key=idempotency_key)  # fmt: skip
 
@@ -107,35 +108,37 @@ class JobsClient:
         """The status now, and each one that it comes to, until the final one."""
         return self._many("WatchStatus", id=id)
 
-    async def _one(self, name: str, **fields: Any) -> Any:
-        from grpclib.client import UnaryUnaryMethod
+    @contextlib.contextmanager
+    def _errors_meant(self) -> Iterator[None]:
+        """grpclib's errors and those of the connection as ours."""
         from grpclib.exceptions import GRPCError, StreamTerminatedError
 
         try:
-            channel = await self._connected()
-            answer = await self._method(UnaryUnaryMethod, channel, name)(_request(name, fields))
-            self._answered = True
-            return answer
+            yield
         except GRPCError as error:
             raise self._meant(error) from None
         except (OSError, StreamTerminatedError) as error:
             raise self._broken(error) from None
 
+    async def _one(self, name: str, **fields: Any) -> Any:
+        from grpclib.client import UnaryUnaryMethod
+
+        with self._errors_meant():
+            channel = await self._connected()
+            answer = await self._method(UnaryUnaryMethod, channel, name)(_request(name, fields))
+            self._answered = True
+            return answer
+
     async def _many(self, name: str, **fields: Any) -> AsyncIterator[Any]:
         from grpclib.client import UnaryStreamMethod
-        from grpclib.exceptions import GRPCError, StreamTerminatedError
 
-        try:
+        with self._errors_meant():
             channel = await self._connected()
             async with self._method(UnaryStreamMethod, channel, name).open() as stream:
                 await stream.send_message(_request(name, fields), end=True)
                 async for message in stream:
                     self._answered = True
                     yield message
-        except GRPCError as error:
-            raise self._meant(error) from None
-        except (OSError, StreamTerminatedError) as error:
-            raise self._broken(error) from None
 
     @staticmethod
     def _method(kind: Any, channel: Any, name: str) -> Any:
@@ -165,7 +168,9 @@ class JobsClient:
         if isinstance(error, ssl.SSLCertVerificationError):
             text = f"the server's certificate is not good: {error.verify_message}"
         elif isinstance(error, ssl.SSLError):
-            text = f"the server refused the connection: {tls_reason(error)}"
+            from zerodeploy.jobs.grpcserver import tls
+
+            text = f"the server refused the connection: {tls.in_words(error)}"
         elif isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):
             text = "nobody listens there"
         elif isinstance(error, OSError) and error.strerror:
@@ -183,11 +188,6 @@ class JobsClient:
         return JobsUnavailable(text, host=self.addr)
 
 
-def tls_reason(error: ssl.SSLError) -> str:
-    """OpenSSL's reason in words."""
-    return (error.reason or str(error)).lower().replace("_", " ")
-
-
 def _request(name: str, fields: dict[str, Any]) -> Any:
     from zerodeploy.jobs.grpcserver import messages
 
@@ -202,14 +202,10 @@ def _request(name: str, fields: dict[str, Any]) -> Any:
 def _channel(host: str, port: int, context: ssl.SSLContext) -> Any:
     from grpclib.client import Channel, Handler
 
-    from zerodeploy.jobs.grpcserver.serving import silence
-    from zerodeploy.jobs.grpcserver.wire import CLIENT, Codec, factory
-
-    silence()
+    from zerodeploy.jobs.grpcserver.wire import CLIENT, Codec, Protocol
 
     class _Channel(Channel):
         def _protocol_factory(self) -> Any:
-            return factory(Handler, self._h2_config, self._config)()
+            return Protocol(Handler(), self._config, self._h2_config)
 
-    channel = _Channel(host, port, ssl=context, codec=Codec(), config=CLIENT)
-    return channel
+    return _Channel(host, port, ssl=context, codec=Codec(), config=CLIENT)

@@ -57,7 +57,7 @@ _RPYC_LATE = (
 
 _AGENT_LATE = ("bundle.py", "forward.py", "kept.py", "payloads.py", "relay.py", "spawning.py", "standalone.py", "transfer.py")
 # the engine of jobs follows when the first job is asked for
-_AGENT_JOBS = ("cgroups.py", "foundprocess.py", "job.py", "jobrequests.py", "jobserver.py", "jobsocket.py", "jobstate.py", "leftover.py", "limits.py", "loop.py", "outputlog.py",
+_AGENT_JOBS = ("cgroups.py", "foundprocess.py", "job.py", "jobrequests.py", "jobserver.py", "jobsocket.py", "jobstate.py", "leftover.py", "limits.py", "loop.py", "outputlog.py", "peer.py",
                "processes.py", "supervisor.py")  # fmt: skip
 # the engine of services serves this side alone, so far
 _AGENT_HERE = ("launching.py", "services.py", "statefile.py")

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from zerodeploy_agent import services
+
 from zerodeploy.errors import GuardRefused
 from zerodeploy.services import helpers
 
@@ -145,17 +147,10 @@ def _checked(path: str, policy: Policy, home: str, name: str) -> str:
     """*path*, resolved: the heuristics that always count, then the policy. Raises `GuardRefused`."""
     shown = path[:200]
     expanded = home + path[1:] if path == "~" or path.startswith("~/") else path
-    if not os.path.isabs(expanded):
-        raise GuardRefused(f"not an absolute path: {shown!r}")
-    resolved, real_home = os.path.realpath(expanded), os.path.realpath(home)
-    for each in (os.path.normpath(expanded), resolved):
-        if any(part.startswith(".") for part in each.split("/")) or "/." in expanded:
-            raise GuardRefused(f"a part of the path begins with a dot: {shown!r}")
-        for top in (os.path.normpath(home), real_home):
-            if top == each or top.startswith(each.rstrip("/") + "/"):
-                raise GuardRefused(f"the home directory, or what it is in: {shown!r}")
-        if each in SYSTEM_ROOTS:
-            raise GuardRefused(f"a directory of the system: {shown!r}")
+    try:
+        resolved = services.check_directory(expanded, home, SYSTEM_ROOTS)
+    except services.ServiceFault as fault:
+        raise GuardRefused(str(fault)) from None
     if policy.roots is not None and not any(
         resolved == root or resolved.startswith(root.rstrip("/") + "/") for root in policy.roots
     ):

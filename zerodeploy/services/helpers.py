@@ -10,10 +10,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from zerodeploy_agent import services, statefile
+from zerodeploy_agent import processes, services, statefile
 from zerodeploy_agent.services import ServiceFault
 from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
 
@@ -145,32 +145,32 @@ def _shown(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _server_rows(*, probe: bool) -> Any:
-    states = States(SERVER)
-    for row in states.rows():
-        if "error" in row:
-            yield row
-            continue
-        try:
-            state = states.read(row["key"]) or {}
-        except StateError:
+def _server_rows(*, probe: bool) -> Iterator[dict[str, Any]]:
+    for key, state, wrong in States(SERVER).all():
+        if wrong:
+            yield {
+                "key": key,
+                "status": statefile.MALFORMED,
+                "port": None,
+                "pid": None,
+                "workdir": None,
+                "log": None,
+                "error": wrong,
+            }
             continue
         live = statefile.lives(state) if probe else None
-        yield {**state, "key": row["key"], "status": row["status"] if probe else state.get("status"), "json_status": state.get("status"), "live": live,
+        status = state.get("status")
+        yield {**state, "key": key, "status": statefile.status_of(state, live) if probe else status, "json_status": status, "live": live,
                "port": state.get("port")}  # fmt: skip
 
 
-def _client_rows() -> Any:
-    states = States(CLIENT)
-    for key in states.names():
-        try:
-            state = states.read(key)
-        except StateError as error:
-            yield {"key": key, "ssh_host": None, "host": None, "port": None, "status": statefile.MALFORMED, "error": str(error)}
+def _client_rows() -> Iterator[dict[str, Any]]:
+    for key, state, wrong in States(CLIENT).all():
+        if wrong:
+            yield {"key": key, "ssh_host": None, "host": None, "port": None, "status": statefile.MALFORMED, "error": wrong}
             continue
-        if state is not None:
-            host = state.get("hostname")
-            yield {**state, "key": key, "host": host, "ssh_host": state.get("ssh_hostname", host), "port": state.get("port")}
+        host = state.get("hostname")
+        yield {**state, "key": key, "host": host, "ssh_host": state.get("ssh_hostname", host), "port": state.get("port")}
 
 
 # probing
@@ -183,7 +183,7 @@ def _pid_options(made: argparse.ArgumentParser) -> None:
 def _pid_alive(given: argparse.Namespace) -> int:
     if not 0 < given.pid < 1 << 31:
         return _say("rhl-pid-alive", f"{given.pid} is no pid")
-    return 0 if os.path.exists(f"/proc/{given.pid}") and not services._gone(given.pid, -1) else 1
+    return 0 if processes.runs(given.pid) else 1
 
 
 def _port_options(made: argparse.ArgumentParser) -> None:

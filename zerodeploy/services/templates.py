@@ -402,11 +402,10 @@ class _Template:
 
     # comprehensions
 
-    def _on_listcomp(self, node: ast.ListComp, names: dict[str, Any], depth: int) -> list[Any]:
+    def _on_listcomp(self, node: ast.ListComp | ast.GeneratorExp, names: dict[str, Any], depth: int) -> list[Any]:
         return [self._value(node.elt, inner, depth) for inner in self._rounds(node.generators, names, depth)]
 
-    def _on_generatorexp(self, node: ast.GeneratorExp, names: dict[str, Any], depth: int) -> list[Any]:
-        return [self._value(node.elt, inner, depth) for inner in self._rounds(node.generators, names, depth)]
+    _on_generatorexp = _on_listcomp  # a list is as good, and has an end
 
     def _on_setcomp(self, node: ast.SetComp, names: dict[str, Any], depth: int) -> set[Any]:
         return {self._value(node.elt, inner, depth) for inner in self._rounds(node.generators, names, depth)}

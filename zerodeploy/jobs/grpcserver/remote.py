@@ -8,7 +8,8 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
-from .serving import Serving, silence
+from .serving import Serving
+from .wire import silence
 
 __all__ = ["kill", "start", "stop"]
 

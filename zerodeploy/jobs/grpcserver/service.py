@@ -12,6 +12,7 @@ from typing import Any
 from grpclib.const import Cardinality, Handler, Status
 from grpclib.exceptions import GRPCError
 from zerodeploy_agent import jobrequests
+from zerodeploy_agent.limits import NAMES
 from zerodeploy_agent.outputlog import Piece, Reader
 
 from . import tls
@@ -24,12 +25,7 @@ _PAGE, _MOST_PAGE = 100, 1000
 _PIECE_BYTES = 1 << 20
 _SHARED = 4  # encoded pieces of a job that watchers side by side share
 _STREAMS = frozenset((1, 2))
-_CODES = {
-    "no-job": Status.NOT_FOUND, "os": Status.FAILED_PRECONDITION, "limit": Status.FAILED_PRECONDITION,
-    "state": Status.FAILED_PRECONDITION, "quota": Status.RESOURCE_EXHAUSTED, "value": Status.INVALID_ARGUMENT,
-    "offset": Status.OUT_OF_RANGE, "gone": Status.UNAVAILABLE, "ending": Status.UNAVAILABLE,
-}  # fmt: skip
-_LIMITS = ("memory_bytes", "pids", "io_bytes_per_s", "open_files", "cpu_seconds", "wall_seconds", "output_bytes")
+_CODES = {**jobrequests.CODES, "gone": "UNAVAILABLE", "ending": "UNAVAILABLE"}
 
 
 def invalid(text: str) -> GRPCError:
@@ -61,12 +57,9 @@ class Service:
             raise invalid("a NUL in the command, an argument, the environment or the directory")
         if any(not name or "=" in name for name in environment):
             raise invalid("a name in the environment is empty or has a = in it")
-        limits: dict[str, float] = {name: getattr(request.limits, name) for name in _LIMITS if getattr(request.limits, name)}
-        cpus = request.limits.cpus
-        if cpus:
-            if not 0 < cpus < math.inf:
-                raise invalid("the limit cpus is a number above 0")
-            limits["cpus"] = cpus
+        limits = {name: getattr(request.limits, name) for name in NAMES if getattr(request.limits, name)}
+        if not 0 <= request.limits.cpus < math.inf:
+            raise invalid("the limit cpus is a number above 0")
         answer = await self._hub.ask(
             "start", command=request.command, args=list(request.args), env=environment or None, cwd=request.cwd, limits=limits,
             owner=owner, label=request.label, key=request.idempotency_key, max_running=self._most_running,
@@ -89,7 +82,7 @@ class Service:
         await stream.send_message(status_message(answer["job"]))
 
     async def signal(self, stream: Any, owner: str, request: Any) -> None:
-        if request.signal not in jobrequests.signals():
+        if request.signal not in jobrequests.SIGNALS:
             raise invalid(f"there is no signal {request.signal}")
         answer = await self._hub.ask("signal", job=request.id, owner=owner, signal=request.signal)
         await stream.send_message(status_message(answer["job"]))
@@ -132,8 +125,7 @@ class Service:
         while True:
             followed = await self._hub.follow(request.id, owner)
             try:
-                if followed.job["over"] and offset > followed.log.end:
-                    raise GRPCError(Status.OUT_OF_RANGE, f"the output has {followed.log.end} bytes, there is no offset {offset}")
+                _check_offset(followed, offset)
                 if not stream._send_initial_metadata_done:
                     await stream.send_initial_metadata()
                 offset = await _send_output(stream, followed, offset, streams, follow=not request.no_follow)
@@ -141,6 +133,12 @@ class Service:
                     return
             finally:
                 self._hub.unfollow(request.id, followed)
+
+
+def _check_offset(followed: Followed, offset: int) -> None:
+    """Raises OUT_OF_RANGE for an offset that a job which has ended will never reach."""
+    if followed.job["over"] and offset > followed.log.end:
+        raise GRPCError(Status.OUT_OF_RANGE, f"the output has {followed.log.end} bytes, there is no offset {offset}")
 
 
 async def _send_output(stream: Any, followed: Followed, offset: int, streams: frozenset[int], *, follow: bool) -> int:
@@ -162,9 +160,8 @@ async def _send_output(stream: Any, followed: Followed, offset: int, streams: fr
                 break
             if stop_at is not None:
                 break
+            _check_offset(followed, reader.offset)
             if followed.job["over"]:
-                if reader.offset > followed.log.end:
-                    raise GRPCError(Status.OUT_OF_RANGE, f"the output has {followed.log.end} bytes, there is no offset {offset}")
                 break
             await followed.changed()  # nothing was awaited since the look at the log
         return reader.offset
@@ -267,6 +264,6 @@ def _guarded(action: Any) -> Any:
         try:
             await action(stream, owner, request)
         except HubError as error:
-            raise GRPCError(_CODES.get(error.code, Status.INTERNAL), str(error)) from None
+            raise GRPCError(Status[_CODES.get(error.code, "INTERNAL")], str(error)) from None
 
     return handle

@@ -18,11 +18,12 @@ from grpclib.server import Handler, Server
 from zerodeploy_agent import jobsocket
 
 from . import tls
+from .address import parse_address
 from .hub import Hub, HubError
 from .service import Service
-from .wire import SERVER, Codec, factory
+from .wire import SERVER, Codec, Protocol
 
-__all__ = ["ServeError", "Serving", "parse_address", "run"]
+__all__ = ["ServeError", "Serving", "run"]
 
 _HANDSHAKE_S = 10.0
 _log = logging.getLogger("zerodeploy.jobs")
@@ -30,20 +31,6 @@ _log = logging.getLogger("zerodeploy.jobs")
 
 class ServeError(Exception):
     """The server can't be started; the text says why."""
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """``host:port``, ``[v6]:port`` or ``:port`` (all addresses). Raises ValueError."""
-    if "://" in text:
-        raise ValueError(f"{text!r} is a URL; host:port is an address, as in localhost:50051")
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ValueError(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:50051")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{text!r} is no address; host:port is one, as in localhost:50051")
-    return host, int(port)
 
 
 class Serving:
@@ -87,7 +74,7 @@ class Serving:
         self._grpc = grpc
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                factory(handler, grpc._h2_config, grpc._config), self._host or None, self._port, ssl=self._context, backlog=512,
+                lambda: Protocol(handler(), grpc._config, grpc._h2_config), self._host or None, self._port, ssl=self._context, backlog=512,
                 ssl_handshake_timeout=_HANDSHAKE_S, reuse_address=True,
             )  # fmt: skip
         except OSError as error:
@@ -157,9 +144,3 @@ async def run(serving: Serving, started: Callable[[list[tuple[str, int]]], None]
     _log.info("stopping the jobs")
     await serving.stop()
     return 0
-
-
-def silence() -> None:
-    """grpclib tells of every broken connection with a traceback; what matters reaches the client as a code."""
-    for name in ("grpclib", "asyncio", "h2", "hpack"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)

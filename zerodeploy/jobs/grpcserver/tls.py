@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from typing import Any
 
-__all__ = ["TlsError", "client_context", "common_name", "server_context"]
+__all__ = ["TlsError", "client_context", "common_name", "in_words", "server_context"]
 
 
 class TlsError(Exception):
@@ -52,7 +52,7 @@ def _context(protocol: Any, cacert: str, cert: str, key: str) -> ssl.SSLContext:
         reason = _reason(error)
         if "KEY_VALUES_MISMATCH" in reason:
             raise TlsError(f"the key {key} does not belong to the certificate {cert}") from None
-        words = reason.lower().replace("_", " ")
+        words = in_words(error)
         raise TlsError(
             f"the certificate {cert} and the key {key} can't be used: {words}; a key in PEM of 2048 bits RSA, or ECDSA, is good"
         ) from None
@@ -77,6 +77,11 @@ def _readable(what: str, path: str) -> None:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "reason", "") or str(error)
+
+
+def in_words(error: Exception) -> str:
+    """OpenSSL's reason for *error* as people write."""
+    return _reason(error).lower().replace("_", " ")
 
 
 def common_name(certificate: dict[str, Any] | None) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-from collections.abc import Callable
 from typing import Any, cast
 
 from grpclib.config import Configuration
@@ -15,7 +15,7 @@ from grpclib.protocol import Connection, EventsProcessor, H2Protocol, Stream
 from h2.connection import H2Connection
 from h2.settings import SettingCodes
 
-__all__ = ["CLIENT", "SERVER", "Codec", "Protocol", "factory"]
+__all__ = ["CLIENT", "SERVER", "Codec", "Protocol", "silence"]
 
 MOST_STREAMS = 4096
 MOST_REQUEST_BYTES = 4 << 20  # of one message, as grpc's own default
@@ -160,6 +160,7 @@ class Protocol(H2Protocol):
         self.processor = _Events(self.handler, self.connection)
 
 
-def factory(make_handler: Callable[[], Any], h2_config: Any, config: Configuration) -> Callable[[], asyncio.Protocol]:
-    """What asyncio calls for each new connection."""
-    return lambda: Protocol(make_handler(), config, h2_config)
+def silence() -> None:
+    """grpclib tells of every broken connection with a traceback; what matters reaches the client as a code."""
+    for name in ("grpclib", "asyncio", "h2", "hpack"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
