@@ -116,7 +116,7 @@ def test_what_is_in_it():
     )
     assert {name for name in (*base.namelist(), *late) if name.startswith("zerodeploy_agent/")} == modules - {
         "zerodeploy_agent/stage0.py",
-        *(f"zerodeploy_agent/{name}" for name in (*payload._AGENT_JOBS, *payload._AGENT_HERE)),
+        *(f"zerodeploy_agent/{name}" for name in (*payload._AGENT_JOBS, *payload._AGENT_SERVICES)),
     }
     assert set(whole.namelist()) == {*base.namelist(), *late, "__main__.py", "zerodeploy_agent/stage0.py"}
 

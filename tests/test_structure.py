@@ -195,7 +195,7 @@ def test_modules_say_what_they_are_for(path):
 
 
 PUBLIC = [
-    "AgentDidNotStart", "AuthenticationFailed", "BootstrapError", "CertificateError", "ClusterError", "CommandLink", "DeployedServer", "ForwardingRefused", "ForwardingRefusedWarning", "GuardRefused",
+    "AgentDidNotStart", "AuthenticationFailed", "BootstrapError", "CertificateError", "ClusterError", "CommandLink", "ConfigError", "DeployedServer", "ForwardingRefused", "ForwardingRefusedWarning", "GuardRefused",
     "HostError", "HostKeyError", "HostKeyMismatch", "HostKeyUnknown", "HostUnreachable", "JobError", "JobsUnavailable", "LinkLost", "MapError", "MultiServerDeployment", "NoSpace", "NoSuchJob", "NotShippable", "Payload", "PayloadError",
     "ProtocolError", "PythonNotFound", "PythonTooOld", "RemoteCallError", "ServerInfo", "ServiceError", "TempDirUnusable", "TemplateError", "UsageError", "WorkerDied",
     "ZeroDeployError",

@@ -28,7 +28,8 @@
      |   +- NoSuchJob (also LookupError)
      |   +- JobsUnavailable        the jobs server, or a host's supervisor, can't be reached
      +- ServiceError               a service, or its description, is not good
-     |   +- TemplateError          a template of a service's description
+     |   +- ConfigError            a service's description: names the field and the line
+     |   |   +- TemplateError      one of its templates
      |   +- GuardRefused           a command that rhl-guard does not let through
      +- MapError                   items of a map that have no value
      +- UsageError (also ValueError)  an argument that makes no sense
@@ -47,6 +48,7 @@ __all__ = [
     "BootstrapError",
     "CertificateError",
     "ClusterError",
+    "ConfigError",
     "ForwardingRefused",
     "ForwardingRefusedWarning",
     "GuardRefused",
@@ -137,14 +139,27 @@ class JobsUnavailable(JobError):
 
 
 class ServiceError(ZeroDeployError):
-    """A service can't be launched, or what describes it is not good."""
+    """A service can't be launched, or what describes it is not good.
+
+    ``state`` is what the host's state file says, and ``log`` the end of the service's log, where there are any.
+    """
+
+    state: dict[str, Any] = {}
+    log: str = ""
 
 
 class GuardRefused(ServiceError):
     """A command that ``rhl-guard`` does not let through. The text says why, and nothing that a file holds."""
 
 
-class TemplateError(ServiceError):
+class ConfigError(ServiceError):
+    """A service's description is not good. ``field``: which, ``line``: where in the file, counted from 1; 0 without one."""
+
+    field: str = ""
+    line: int = 0
+
+
+class TemplateError(ConfigError):
     """A template that can't be evaluated. ``position``: of the character where it went wrong, counted from 1."""
 
     position: int = 0

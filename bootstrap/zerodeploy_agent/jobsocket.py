@@ -1,7 +1,6 @@
 """The way to the supervisor of a state directory: its socket, and a new process behind it where there is none.
 
-The process is a fresh interpreter that gets the engine's source on its standard input, so it needs nothing on the disk and
-outlives whoever started it. No argument and no environment variable says anything but that it is a supervisor.
+The process is one of `fresh`.
 """
 
 from __future__ import annotations
@@ -9,12 +8,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 
-from . import jobrequests, jobserver, jobstate
-from .cleanup import MARK, RELEASED
+from . import fresh, jobrequests, jobserver, jobstate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,16 +20,6 @@ MODULES = ("__init__", "cgroups", "foundprocess", "importer", "job", "jobrequest
            "supervisor")  # fmt: skip
 _RETRY_S = 0.02
 _WAIT_S = 10.0
-#: of a deployment, to be forgotten by what outlives it
-_OURS = (MARK, "SHIV_ROOT", "PEX_ROOT")
-_BOOT = """import os,sys,json
-given=json.loads(sys.stdin.buffer.read())
-if os.fork(): os._exit(0)
-importer=type(sys)("zerodeploy_importer")
-exec(given["files"]["zerodeploy_agent/importer.py"],importer.__dict__)
-importer.install({name:text.encode() for name,text in given["files"].items()})
-from zerodeploy_agent.jobserver import main
-main(given["options"])"""
 
 
 class SupervisorError(Exception):
@@ -60,7 +46,7 @@ def connect(state_dir: str, options: "Optional[Dict[str, Any]]" = None, *, relea
             return _hello(
                 state_dir,
                 max(0.1, until - time.monotonic()),
-                {**(options or {}), "environ": _environment(released), "cwd": _here()},
+                {**(options or {}), "environ": fresh.environment(released), "cwd": _here()},
             )
         except socket.timeout:  # noqa: UP041  another one than TimeoutError before 3.10
             raise SupervisorError("the supervisor of %s does not answer" % state_dir) from None
@@ -97,16 +83,6 @@ def _here() -> "Optional[str]":
         return None
 
 
-def _environment(released: bool) -> "Dict[str, str]":
-    """Of what is started from here. Without our marks where it is to outlive us."""
-    environment = dict(os.environ)
-    if released:
-        for name in _OURS:
-            environment.pop(name, None)
-        environment[RELEASED] = "1"
-    return environment
-
-
 def _hello(state_dir: str, timeout: float, settings: "Dict[str, Any]") -> "Tuple[socket.socket, Dict[str, Any]]":
     at = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -136,41 +112,8 @@ def _hello(state_dir: str, timeout: float, settings: "Dict[str, Any]") -> "Tuple
 
 def _start(state_dir: str, options: "Dict[str, Any]", released: bool) -> "Dict[str, Any]":
     """Start one; what it said."""
-    files = {}
-    for name in MODULES:
-        module = __package__ if name == "__init__" else "%s.%s" % (__package__, name)
-        files["zerodeploy_agent/%s.py" % name] = _source(str(module))
-    given = json.dumps({"files": files, "options": {"state_dir": state_dir, "supervisor": options}}).encode("ascii")
-    environment = _environment(released)
-    python = sys.executable or "/proc/self/exe"
-    process = subprocess.Popen([python, "-I", "-S", "-X", "utf8", "-c", _BOOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=environment, start_new_session=True)  # fmt: skip
-    assert process.stdin and process.stdout and process.stderr
+    given = {"state_dir": state_dir, "supervisor": options}
     try:
-        with process.stdin as stdin:
-            stdin.write(given)
-    except BrokenPipeError:
-        pass  # its last words say why
-    with process.stdout as stdout, process.stderr as stderr:
-        line = stdout.readline()
-        process.wait()
-        if line:
-            said: "Dict[str, Any]" = json.loads(line)
-            return said
-        return {"error": "start", "text": stderr.read().decode("utf-8", "replace").strip()[-2000:] or "it ended at once"}
-
-
-def _source(module: str) -> str:
-    """The module's source, from wherever it was loaded."""
-    import importlib.util
-
-    for finder in sys.meta_path:
-        if hasattr(finder, "after_logging"):  # our own, on a host
-            text = finder.get_source(module)  # type: ignore[attr-defined]
-            if text is not None:
-                return str(text)
-    spec = importlib.util.find_spec(module)
-    source = spec.loader.get_source(module) if spec is not None and spec.loader is not None else None  # type: ignore[attr-defined]
-    if source is None:
-        raise SupervisorError("the source of %s is not here" % module)
-    return str(source)
+        return fresh.start("jobserver", MODULES, given, fresh.environment(released))
+    except fresh.FreshError as error:
+        return {"error": "start", "text": str(error)}

@@ -7,49 +7,148 @@ import shutil
 import subprocess
 import time
 
+from . import conda, fresh
 from .foundprocess import boot_id, start_of
+from .limits import CONTROLLERS, Enforced, LimitError
 from .services import ServiceFault, end_tree
 from .statefile import RUNNING, SERVER, STARTING, States, lives
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, Mapping, Optional, Sequence
+    from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 _LOCK_S = 60.0
 #: becomes the service when its state file is there, and ends when that will never be; the pid stays
 _GATE = 'read _ || exit 1; exec "$@" </dev/null'
+#: what the process that watches a service is made of
+WATCH_NEEDS = ("cgroups", "cleanup", "conda", "foundprocess", "fresh", "launching", "limits", "processes", "services", "statefile")
 
 
-def launch(key: str, workdir: str, argv: "Sequence[str]", *, env: "Optional[Mapping[str, str]]" = None, network_interface: str = "localhost",
-           parameters: "Optional[Mapping[str, Any]]" = None, meta: "Any" = None, base: "Optional[str]" = None) -> "Dict[str, Any]":  # fmt: skip
-    """The state of the service *key*: of the one that runs, or of a new one, ``starting``.
+class Launch:
+    """What is to run. All plain data, so that it can be handed to another process.
 
     Args:
+        key: of the state file.
         workdir: made if it is not there; ``~`` is the user's home.
-        argv: the program and its arguments, in the environment of this process and *env*; no shell. The word ``{status_file}``
-            in them is the state file's path.
+        argv: the program and its arguments, no shell. ``{status_file}`` in them is the state file's path, and so is
+            ``~/.remote-http-launcher/server/KEY.json``.
+        env: added to the environment of this process.
+        conda: an environment to activate first, by name or prefix.
+        limits: of `Enforced`.
+        restart: ``policy`` never, on-failure or always, ``most``, ``delay``, ``most_delay``.
+        log: ``max_bytes`` and ``keep``.
+        network_interface, parameters, meta: for the state file.
+        target: what messages call this host.
+        base: where the state files are.
+    """
+
+    def __init__(self, key: str, workdir: str, argv: "Sequence[str]", *, env: "Optional[Mapping[str, str]]" = None,
+                 network_interface: str = "localhost", parameters: "Optional[Mapping[str, Any]]" = None, meta: "Any" = None,
+                 conda: "Optional[str]" = None, limits: "Optional[Mapping[str, float]]" = None,
+                 restart: "Optional[Mapping[str, Any]]" = None, log: "Optional[Mapping[str, Any]]" = None, target: str = "this host",
+                 base: "Optional[str]" = None) -> None:  # fmt: skip
+        self.key, self.workdir, self.argv = key, workdir, list(argv)
+        self.env, self.conda, self.limits = dict(env or {}), conda, dict(limits or {})
+        self.restart, self.log, self.target, self.base = dict(restart or {}), dict(log or {}), target, base
+        self.network_interface, self.parameters, self.meta = network_interface, parameters, meta
+        self.states = States(SERVER, base)
+        self.output: "Optional[int]" = None  # default: the log file itself
+
+    @property
+    def watched(self) -> bool:
+        """Whether a process has to look after it."""
+        return bool(
+            self.restart.get("policy", "never") != "never"
+            or self.log
+            or any(name in CONTROLLERS and name != "memory_bytes" for name in self.limits)
+        )
+
+    def ready(self) -> None:
+        """Look at all that can be wrong before anything is started. Raises `ServiceFault`, CondaError, StateError, OSError."""
+        self.place = _directory(self.workdir)
+        path = self.states.path(self.key)
+        self.words = [_with_status_file(word, self.key, path) for word in self.argv]
+        self.environment = {**fresh.environment(), **self.env}
+        self.command: "List[str]" = self.words
+        search = self.environment.get("PATH", os.defpath)
+        if self.conda:
+            setup = conda.prefix_or_refresh(self.conda, self.target, self.base)
+            search = os.path.join(setup["prefix"], "bin") + os.pathsep + search
+            self.command = conda.activated(setup, self.words)
+        _check_program(self.words, search, self.place)
+        try:
+            if not self.watched:
+                Enforced(self.limits)
+        except LimitError as error:
+            raise ServiceFault(str(error)) from None
+
+
+def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "Dict[str, Any]":
+    """The state of the service *key*: of the one that runs, or of a new one, ``starting``. Arguments: of `Launch`.
 
     Returns: the state, and ``launched``: whether it was started now.
 
     Raises:
         StateError: no key, a state file that can't be used, or a lock that somebody holds for a minute.
-        ServiceFault: no program of that name, or a directory that can't be used. Nothing was started.
+        ServiceFault, CondaError: no program of that name, a directory or a limit that can't be used, no such environment. Nothing
+            was started.
         OSError: no room for the state. Nothing is left running.
     """
-    states = States(SERVER, base)
-    lock = states.lock(key, _LOCK_S)
+    wanted = Launch(key, workdir, argv, **options)
+    lock = wanted.states.lock(key, _LOCK_S)
     try:
-        state = states.read(key)
+        state = wanted.states.read(key)
         if state is not None and state.get("status") in (STARTING, RUNNING) and lives(state):
             return dict(state, launched=False)
-        place = _directory(workdir)
-        path = states.path(key)
-        words = [word.replace("{status_file}", path) for word in argv]
-        environment = {**os.environ, **(env or {})}
-        _check_program(words, environment, place)
-        return dict(_start(states, key, place, words, environment, network_interface, parameters, meta), launched=True)
+        wanted.ready()
+        if not wanted.watched:
+            return dict(start(wanted), launched=True)
+        try:
+            said = fresh.start(
+                "servicewatch", WATCH_NEEDS, {"key": key, "workdir": workdir, "argv": list(argv), **options}, fresh.environment()
+            )
+        except fresh.FreshError as error:
+            raise ServiceFault("the process that watches %r could not be started: %s" % (key, error)) from None
+        if "fault" in said:
+            raise ServiceFault(said["fault"])
+        return dict(said, launched=True)
     finally:
         os.close(lock)
+
+
+def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") -> "Dict[str, Any]":
+    """Start it, with the key's lock held; its state, which has *more*. Raises OSError; then nothing is left running."""
+    states, log = wanted.states, wanted.states.log_path(wanted.key)
+    state: "Dict[str, Any]" = {
+        "workdir": wanted.place, "log": log, "command": _shown(wanted.words), "uid": os.geteuid(), "status": STARTING,
+        "network_interface": wanted.network_interface, "launched_at": time.time(), **more,
+    }  # fmt: skip
+    if wanted.parameters is not None:
+        state["parameters"] = dict(wanted.parameters)
+    if wanted.meta is not None:
+        state["meta"] = wanted.meta
+    limits = enforced or Enforced(wanted.limits)
+    output = wanted.output
+    if output is None:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    gate, opener = os.pipe()
+    try:
+        process = subprocess.Popen(["/bin/sh", "-c", _GATE, "sh", *wanted.command], stdin=gate, stdout=output, stderr=output,
+                                   cwd=wanted.place, env=wanted.environment, start_new_session=True, preexec_fn=limits.preexec)  # fmt: skip
+        limits.started()
+        state.update(pid=process.pid, pid_start=start_of(process.pid), boot_id=boot_id())
+        try:
+            states.write(wanted.key, state)
+        except BaseException:
+            end_tree([process.pid], 0)
+            process.wait()
+            raise
+        os.write(opener, b"\n")
+        process.returncode = 0  # it is nobody's child to wait for from here on: not ours to warn of
+    finally:
+        for fd in (gate, opener, output):
+            os.close(fd)
+    return state
 
 
 def _directory(workdir: str) -> str:
@@ -65,44 +164,22 @@ def _directory(workdir: str) -> str:
     return place
 
 
-def _check_program(words: "Sequence[str]", environment: "Mapping[str, str]", place: str) -> None:
+def _with_status_file(word: str, key: str, path: str) -> str:
+    """Launchers that don't know this host's home name the file by ``~``."""
+    return word.replace("{status_file}", path).replace("~/.remote-http-launcher/server/%s.json" % key, path)
+
+
+def _check_program(words: "Sequence[str]", search: str, place: str) -> None:
     if not words or not words[0] or any("\0" in word for word in words):
         raise ServiceFault("no command, or one with a NUL in it: %.200r" % (list(words),))
     name = os.path.join(place, words[0]) if "/" in words[0] else words[0]
-    if shutil.which(name, path=environment.get("PATH", os.defpath)) is None:
-        raise ServiceFault("there is no program %r%s" % (words[0], "" if "/" in words[0] else " in PATH"))
+    if shutil.which(name, path=search) is None:
+        raise ServiceFault("there is no program %r%s" % (words[0], "" if "/" in words[0] else " in PATH (%s)" % search))
 
 
-def _start(states: States, key: str, place: str, words: "Sequence[str]", environment: "Mapping[str, str]", network_interface: str,
-           parameters: "Optional[Mapping[str, Any]]", meta: "Any") -> "Dict[str, Any]":  # fmt: skip
-    log = states.log_path(key)
-    state: "Dict[str, Any]" = {"workdir": place, "log": log, "command": _command(words), "uid": os.geteuid(), "status": STARTING,
-                               "network_interface": network_interface, "launched_at": time.time()}  # fmt: skip
-    if parameters is not None:
-        state["parameters"] = dict(parameters)
-    if meta is not None:
-        state["meta"] = meta
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    gate, opener = os.pipe()
-    try:
-        process = subprocess.Popen(["/bin/sh", "-c", _GATE, "sh", *words], stdin=gate, stdout=output, stderr=output, cwd=place,
-                                   env=dict(environment), start_new_session=True)  # fmt: skip
-        state.update(pid=process.pid, pid_start=start_of(process.pid), boot_id=boot_id())
-        try:
-            states.write(key, state)
-        except BaseException:
-            end_tree(process.pid, 0)
-            process.wait()
-            raise
-        os.write(opener, b"\n")
-        process.returncode = 0  # it is nobody's child to wait for from here on: not ours to warn of
-    finally:
-        for fd in (gate, opener, output):
-            os.close(fd)
-    return state
-
-
-def _command(words: "Sequence[str]") -> str:
+def _shown(words: "Sequence[str]") -> str:
     import shlex
 
+    if list(words[:2]) == ["/bin/bash", "-c"] and len(words) == 3:
+        return words[2]
     return " ".join(map(shlex.quote, words))

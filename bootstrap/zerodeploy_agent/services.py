@@ -12,7 +12,7 @@ import stat
 import time
 
 from .processes import has_ended, pidfd_open, pids, runs, stat_of
-from .statefile import SERVER, StateError, States, lives
+from .statefile import MALFORMED, SERVER, StateError, States, lives, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,25 +48,30 @@ def stop(key: str, base: "Optional[str]" = None, grace: float = _STOP_S) -> str:
                 raise ServiceFault("the process %d of %r belongs to somebody else" % (pid, key))
         except FileNotFoundError:
             pass
-        if not lives(state):
+        supervisor = state.get("supervisor")
+        roots = [each["pid"] for each in (supervisor, state) if isinstance(each, dict) and lives(each)]
+        if not roots:
             return "not running"
-        end_tree(pid, grace)
+        end_tree(roots, grace)
         return "stopped"
     finally:
         os.close(fd)
 
 
-def end_tree(pid: int, grace: float) -> None:
-    """SIGTERM to *pid*, its session and all below them; SIGKILL to who is left after *grace* seconds.
+def end_tree(roots: "Sequence[int]", grace: float) -> None:
+    """SIGTERM to *roots* in their order, their sessions and all below them; SIGKILL to who is left after *grace* seconds.
 
     Each is held by a descriptor before it is signalled, so that a number that was given away meanwhile is not.
     """
     held: "Dict[int, int]" = {}
     until = time.monotonic() + grace
     number = signal.SIGTERM
+    tops, leaders = set(roots), set(roots)
     try:
         while True:
-            for member in tree({pid, *held}):
+            found = tree(tops, leaders)
+            leaders &= set(found.values())  # the number of a session that is over may be given away
+            for member in [*(each for each in roots if each in found), *sorted(set(found) - set(roots))]:
                 if member not in held:
                     held[member] = pidfd_open(member)
                     _signal(member, held[member], number)
@@ -74,6 +79,7 @@ def end_tree(pid: int, grace: float) -> None:
                 fd = held.pop(member)
                 if fd >= 0:
                     os.close(fd)
+            tops = set(held)
             if not held:
                 return
             if time.monotonic() > until:
@@ -107,8 +113,8 @@ def _gone(pid: int, fd: int) -> bool:
     return has_ended(fd) if fd >= 0 else not runs(pid)
 
 
-def tree(roots: "Set[int]") -> "Set[int]":
-    """Living processes of this user: *roots*, the sessions that they lead, and all below them."""
+def tree(roots: "Set[int]", leaders: "Set[int]") -> "Dict[int, int]":
+    """Living processes of this user: *roots*, the sessions of *leaders*, and all below them; with the session of each."""
     parents: "Dict[int, int]" = {}
     sessions: "Dict[int, int]" = {}
     for pid in pids():
@@ -120,11 +126,11 @@ def tree(roots: "Set[int]") -> "Set[int]":
         fields = stat_of(pid)
         if fields and fields[0] not in (b"Z", b"X"):
             parents[pid], sessions[pid] = int(fields[1]), int(fields[3])
-    found = {pid for pid in parents if pid in roots or sessions[pid] in roots}
+    found = {pid for pid in parents if pid in roots or sessions[pid] in leaders}
     while True:
         more = {pid for pid, parent in parents.items() if parent in found and pid not in found}
         if not more:
-            return found - {os.getpid()}
+            return {pid: sessions[pid] for pid in found if pid != os.getpid()}
         found |= more
 
 
@@ -160,6 +166,35 @@ def _start_of_tail(file: "Any", lines: int) -> int:
             if missing == 0:
                 return int(at + position + 1)
     return 0 if lines > 0 else int(end)
+
+
+def piece_of(path: str, tail: "Optional[int]", offset: "Optional[int]", most: int) -> "Dict[str, Any]":
+    """See `hosting.log_piece`. From its beginning where *offset* is behind the end: it is a new file then. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(fd, "rb") as file:
+        info = os.fstat(fd)
+        at = _start_of_tail(file, tail) if tail is not None else min(offset or 0, info.st_size)
+        file.seek(at)
+        data = file.read(most)
+        return {"data": data, "next": at + len(data), "inode": info.st_ino, "size": info.st_size}
+
+
+def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[str, Any]]":
+    """The services of this host: their states, with ``key``, ``live``, ``json_status`` (what the file says) and ``status``."""
+    for key, state, wrong in States(SERVER, base).all():
+        if wrong:
+            yield {"key": key, "status": MALFORMED, "port": None, "pid": None, "workdir": None, "log": None, "error": wrong}
+            continue
+        live = lives(state) if probed else None
+        status = state.get("status")
+        yield dict(
+            state,
+            key=key,
+            status=status_of(state, live) if probed else status,
+            json_status=status,
+            live=live,
+            port=state.get("port"),
+        )
 
 
 def verify_port(host: str, port: int, tries: int = 3, timeout: float = 2.0) -> str:
@@ -303,5 +338,5 @@ def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
 
 
-__all__ = ["SYSTEM", "ServiceFault", "StateError", "check_directory", "clear", "end_tree", "handshake", "log_tail", "persistent", "stop", "tree",
+__all__ = ["SYSTEM", "ServiceFault", "StateError", "check_directory", "clear", "end_tree", "handshake", "log_tail", "persistent", "piece_of", "server_rows", "stop", "tree",
            "verify_port"]  # fmt: skip

@@ -46,6 +46,58 @@ def check_key(key: str) -> str:
     return key
 
 
+def read_object(path: str, hint: str = "") -> "Optional[Dict[str, Any]]":
+    """The JSON object in a file; None where there is no file. Raises `StateError` for anything else."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError("the state file %s can't be read: %s" % (path, error.strerror)) from None
+    try:
+        data = b""
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            while len(data) <= _MOST_BYTES:
+                more = os.read(fd, _MOST_BYTES + 1)
+                if not more:
+                    break
+                data += more
+    finally:
+        os.close(fd)
+    try:
+        state = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict) or len(data) > _MOST_BYTES:
+        raise StateError("the state file %s holds no JSON object%s" % (path, hint))
+    return state
+
+
+def write_object(path: str, value: "Mapping[str, Any]") -> None:
+    """Write JSON for this user alone: to a file beside *path*, synced, then renamed. Raises `OSError`; then *path* is as it was."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, 0o700, exist_ok=True)
+    temporary = os.path.join(folder, ".%s.%d.%s" % (name, os.getpid(), os.urandom(4).hex()))
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            view = memoryview((json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii"))
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class States:
     """The files of one side, `SERVER` or `CLIENT`, below *base*."""
 
@@ -61,57 +113,11 @@ class States:
 
     def read(self, key: str) -> "Optional[Dict[str, Any]]":
         """What the file says; None where there is none. Raises `StateError` for one that holds no JSON object."""
-        path = self.path(key)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StateError("the state file %s can't be read: %s" % (path, error.strerror)) from None
-        try:
-            data = b""
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                while len(data) <= _MOST_BYTES:
-                    more = os.read(fd, _MOST_BYTES + 1)
-                    if not more:
-                        break
-                    data += more
-        finally:
-            os.close(fd)
-        try:
-            state = json.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError):
-            state = None
-        if not isinstance(state, dict) or len(data) > _MOST_BYTES:
-            raise StateError("the state file %s holds no JSON object; rhl-rm removes it" % path)
-        return state
+        return read_object(self.path(key), "; rhl-rm removes it")
 
     def write(self, key: str, state: "Mapping[str, Any]") -> None:
         """Raises `OSError`; then the old file is as it was."""
-        path = self.path(key)
-        os.makedirs(self.folder, 0o700, exist_ok=True)
-        temporary = os.path.join(self.folder, ".%s.%d.%s" % (key, os.getpid(), os.urandom(4).hex()))
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                view = memoryview((json.dumps(state, indent=1, sort_keys=True) + "\n").encode("ascii"))
-                while view:
-                    view = view[os.write(fd, view) :]
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        self._sync()
-
-    def _sync(self) -> None:
-        fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        write_object(self.path(key), state)
 
     def remove(self, key: str) -> bool:
         """Whether there was one. The log stays."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from zerodeploy.errors import PayloadError
 from zerodeploy.payload.syntax import parse
 
-__all__ = ["Agent", "agent", "first_stage", "jobs_part", "late_part", "sources", "zipapp"]
+__all__ = ["Agent", "agent", "first_stage", "jobs_part", "late_part", "services_part", "sources", "zipapp"]
 
 # rpyc's core goes with the agent
 _RPYC_FILES = (
@@ -55,12 +55,33 @@ _RPYC_LATE = (
     "utils/server.py", "utils/teleportation.py",
 )  # fmt: skip
 
-_AGENT_LATE = ("bundle.py", "forward.py", "kept.py", "payloads.py", "relay.py", "spawning.py", "standalone.py", "transfer.py")
+_AGENT_LATE = (
+    "bundle.py",
+    "forward.py",
+    "fresh.py",
+    "kept.py",
+    "payloads.py",
+    "relay.py",
+    "spawning.py",
+    "standalone.py",
+    "transfer.py",
+)
 # the engine of jobs follows when the first job is asked for
 _AGENT_JOBS = ("cgroups.py", "foundprocess.py", "job.py", "jobrequests.py", "jobserver.py", "jobsocket.py", "jobstate.py", "leftover.py", "limits.py", "loop.py", "outputlog.py", "peer.py",
                "processes.py", "supervisor.py")  # fmt: skip
-# the engine of services serves this side alone, so far
-_AGENT_HERE = ("launching.py", "services.py", "statefile.py")
+# and that of services; some of it is in both
+_AGENT_SERVICES = (
+    "cgroups.py",
+    "conda.py",
+    "foundprocess.py",
+    "hosting.py",
+    "launching.py",
+    "limits.py",
+    "processes.py",
+    "services.py",
+    "servicewatch.py",
+    "statefile.py",
+)
 
 # packages whose own __init__ imports everything: an import of one part must not load all
 _STUBS = {
@@ -166,8 +187,18 @@ def late_part() -> dict[str, bytes]:
 @functools.lru_cache(maxsize=1)
 def jobs_part() -> bytes:
     """The engine of jobs, for a host that is asked for its first one: zlib over JSON, path to text."""
+    return _part(_AGENT_JOBS)
+
+
+@functools.lru_cache(maxsize=1)
+def services_part() -> bytes:
+    """The engine of services, likewise."""
+    return _part(_AGENT_SERVICES)
+
+
+def _part(names: tuple[str, ...]) -> bytes:
     root = _locate("zerodeploy_agent")
-    files = {f"zerodeploy_agent/{name}": strip((root / name).read_bytes()).decode("utf-8") for name in _AGENT_JOBS}
+    files = {f"zerodeploy_agent/{name}": strip((root / name).read_bytes()).decode("utf-8") for name in names}
     return zlib.compress(json.dumps(files).encode("ascii"), 9)
 
 
@@ -179,7 +210,7 @@ def sources() -> list[Path]:
 
 def _agent(*, late: bool) -> dict[str, bytes]:
     paths = sorted(_locate("zerodeploy_agent").glob("*.py"))
-    skipped = ("stage0.py", *_AGENT_JOBS, *_AGENT_HERE)  # the first travels on the command line
+    skipped = ("stage0.py", *_AGENT_JOBS, *_AGENT_SERVICES)  # the first travels on the command line
     return {
         f"zerodeploy_agent/{path.name}": strip(path.read_bytes()) for path in paths
         if path.name not in skipped and (path.name in _AGENT_LATE) is late

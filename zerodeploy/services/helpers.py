@@ -118,7 +118,7 @@ def _ps_options(made: argparse.ArgumentParser) -> None:
 
 
 def _ps(given: argparse.Namespace) -> int:
-    rows = list(_client_rows() if given.client else _server_rows(probe=not given.no_status))
+    rows = list(_client_rows() if given.client else services.server_rows(not given.no_status))
     rows = [row for row in rows if given.host in (None, row.get("ssh_host")) and given.status in (None, row.get("status"))]
     for row in rows:
         if row.get("error"):
@@ -143,25 +143,6 @@ def _ps(given: argparse.Namespace) -> int:
 
 def _shown(value: object) -> str:
     return "-" if value is None else str(value)
-
-
-def _server_rows(*, probe: bool) -> Iterator[dict[str, Any]]:
-    for key, state, wrong in States(SERVER).all():
-        if wrong:
-            yield {
-                "key": key,
-                "status": statefile.MALFORMED,
-                "port": None,
-                "pid": None,
-                "workdir": None,
-                "log": None,
-                "error": wrong,
-            }
-            continue
-        live = statefile.lives(state) if probe else None
-        status = state.get("status")
-        yield {**state, "key": key, "status": statefile.status_of(state, live) if probe else status, "json_status": status, "live": live,
-               "port": state.get("port")}  # fmt: skip
 
 
 def _client_rows() -> Iterator[dict[str, Any]]:

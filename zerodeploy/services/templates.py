@@ -15,7 +15,7 @@ from typing import Any
 
 from zerodeploy.errors import TemplateError
 
-__all__ = ["FUNCTIONS", "METHODS", "evaluate"]
+__all__ = ["FUNCTIONS", "METHODS", "evaluate", "parts"]
 
 _MOST_TEXT = 1 << 16  # characters of a result, and of anything on the way to it
 _MOST_STEPS = 20_000
@@ -102,8 +102,19 @@ def evaluate(template: str, config: Mapping[str, Any], *, name: str = "template"
         TemplateError: a syntax error, a name that is not there, something that templates may not do, or an expression that
             fails. The text has the position, counted from 1, and the expression.
     """
-    names = {**{key: value for key, value in config.items() if isinstance(key, str)}, "config": dict(config), **(extra or {})}
-    return _Template(template, names, name).text()
+    return _Template(template, _names(config, extra), name).text()
+
+
+def parts(template: str, config: Mapping[str, Any], *, name: str = "template", extra: Mapping[str, Any] | None = None
+          ) -> list[tuple[str, bool]]:  # fmt: skip
+    """`evaluate`, in pieces: each text, and whether a field gave it. Raises `TemplateError`."""
+    made = _Template(template, _names(config, extra), name)
+    made.text()
+    return made.parts
+
+
+def _names(config: Mapping[str, Any], extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**{key: value for key, value in config.items() if isinstance(key, str)}, "config": dict(config), **(extra or {})}
 
 
 class _Template:
@@ -112,6 +123,7 @@ class _Template:
     def __init__(self, template: str, names: Mapping[str, Any], name: str, depth: int = 0) -> None:
         self._template, self._names, self._name = template, names, name
         self._steps, self._depth = 0, depth
+        self.parts: list[tuple[str, bool]] = []
 
     def _fail(self, at: int, text: str) -> TemplateError:
         shown = self._template[at : at + 60]
@@ -126,23 +138,26 @@ class _Template:
         """The text from *at* on: to the end, or in a format spec to its closing brace."""
         template, out = self._template, ""
         while at < len(template):
-            char = template[at]
+            char, field = template[at], False
             if char == "{" and not nested and template[at : at + 2] == "{{":
-                out, at = out + "{", at + 2
+                text, at = "{", at + 2
             elif char == "{":
+                field = True
                 text, at = self._field(at, nested=nested)
-                out += text
             elif char == "}" and nested:
                 return out, at
             elif char == "}":
                 if template[at : at + 2] != "}}":
                     raise self._fail(at, "a single } (write }} for the character)")
-                out, at = out + "}", at + 2
+                text, at = "}", at + 2
             else:
                 following = re.compile(r"[^{}]+").match(template, at)
                 assert following is not None
-                out, at = out + following[0], following.end()
+                text, at = following[0], following.end()
+            out += text
             self._bounded(out, at)
+            if not nested:
+                self.parts.append((text, field))
         if nested:
             raise self._fail(len(template), "a { is not closed")
         return out, at

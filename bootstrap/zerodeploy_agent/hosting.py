@@ -1,0 +1,292 @@
+"""What a launcher asks of the host that a service runs on: each a call with plain data in and out, quick or bounded in time.
+
+No clock of the launcher's is ever compared with one of this host.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from . import conda, launching, services, statefile
+from .conda import CondaError
+from .services import ServiceFault
+from .statefile import FAILED, RUNNING, SERVER, STALE, STARTING, StateError, States, lives
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, List, Optional, Tuple
+
+READY = "ready"
+_TAIL_LINES = 30
+_TAIL_BYTES = 8192
+_PROBE_S = 5.0
+_IDENTITY = ("workdir", "log", "command", "uid", "pid", "pid_start", "boot_id", "network_interface", "launched_at", "supervisor")
+
+
+def asked(action: str, **options: "Any") -> "Dict[str, Any]":
+    """`ACTIONS` by name, its own errors as ``fault`` with their kind: ``state``, ``conda``, ``service``, ``system``."""
+    try:
+        return {"value": ACTIONS[action](**options)}
+    except CondaError as error:
+        return {"fault": str(error), "kind": "conda"}
+    except StateError as error:
+        return {"fault": str(error), "kind": "state"}
+    except ServiceFault as error:
+        return {"fault": str(error), "kind": "service"}
+    except OSError as error:
+        text = "%s: %s" % (error.filename, error.strerror) if error.filename else str(error)
+        return {"fault": text, "kind": "system"}
+
+
+def look(key: str, handshake: "Optional[str]" = None, base: "Optional[str]" = None) -> "Dict[str, Any]":
+    """``state`` (None without one), its ``status`` (``absent`` without one), ``status_file``, and where it runs whether it answers:
+    ``said`` is empty then."""
+    states = States(SERVER, base)
+    found: "Dict[str, Any]" = {"status_file": states.path(key), "said": "", "state": states.read(key), "status": "absent"}
+    state = found["state"]
+    if state is not None:
+        found["status"] = statefile.status_of(state)
+        if found["status"] == RUNNING:
+            found["said"] = probe(state, handshake)
+    return found
+
+
+def launch(**options: "Any") -> "Dict[str, Any]":
+    """`launching.launch`; and ``warning``, where something will end it at logout."""
+    state = launching.launch(**options)
+    return dict(state, warning=lingering() if state["launched"] else "")
+
+
+def await_ready(key: str, known: "Dict[str, Any]", handshake: "Optional[str]" = None, patience: float = 2.0,
+                base: "Optional[str]" = None) -> "Dict[str, Any]":  # fmt: skip
+    """Wait until the service answers, has failed, or *patience* seconds are over.
+
+    Args:
+        known: the state as its launch gave it. A service may write its file anew without what it does not know; that is put back.
+
+    Returns: ``done`` (``ready``, ``failed``, ``stale``, or empty: ask again), ``state``, ``said`` (why it is not ready), ``log``
+    (its last lines, where it has failed) and ``signs``, which change while it does something.
+    """
+    states = States(SERVER, base)
+    until = time.monotonic() + patience
+    pause = 0.005
+    while True:
+        done, state, said = _moment(states, key, known, handshake)
+        if done or time.monotonic() > until:
+            return {"done": done, "state": state, "said": said, "signs": _signs(states, key),
+                    "log": tail_of(states, key) if done not in ("", READY) else ""}  # fmt: skip
+        time.sleep(max(0.0, min(pause, until - time.monotonic() + 0.001)))
+        pause = min(0.1, pause * 1.3)
+
+
+def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optional[str]") -> "Any":
+    try:
+        state = states.read(key)
+    except StateError as error:  # it may be just writing it
+        return (FAILED if not lives(known) else ""), dict(known), str(error)
+    if state is None:
+        if lives(known):
+            return "", dict(known), "its state file is gone"
+        return FAILED, dict(known), "its state file was removed, and it has ended"
+    if "pid" not in state:
+        state = _mended(states, key, known)
+    if state.get("status") == FAILED:
+        return FAILED, state, str(state.get("reason") or state.get("error") or "it says that it has failed")
+    if not lives(state):
+        again = states.read(key)  # it may have been started again in between
+        if again != state:
+            return "", state, "its state is changing"
+        if state.get("status") == STARTING:
+            return FAILED, _failed(states, key, state), "it has ended before it was running"
+        return STALE, state, "it has ended"
+    if state.get("status") != RUNNING:
+        return "", state, "it is starting"
+    said = probe(state, handshake)
+    return ("" if said else READY), state, said
+
+
+def _mended(states: States, key: str, known: "Dict[str, Any]") -> "Dict[str, Any]":
+    """The file with what its launch knew and the service has dropped."""
+    lock = states.lock(key, 30.0)
+    try:
+        state = states.read(key) or {}
+        if "pid" not in state:
+            kept = {name: known[name] for name in (*_IDENTITY, "parameters", "meta") if name in known}
+            state = {**kept, **state}
+            states.write(key, state)
+        return state
+    finally:
+        os.close(lock)
+
+
+def _failed(states: States, key: str, seen: "Dict[str, Any]") -> "Dict[str, Any]":
+    """Write down that a start has failed, if the file still says what was seen."""
+    lock = states.lock(key, 30.0)
+    try:
+        state = states.read(key)
+        if state != seen:
+            return state or seen
+        state = dict(seen, status=FAILED, reason="it has ended before it was running")
+        states.write(key, state)
+        return state
+    finally:
+        os.close(lock)
+
+
+def _signs(states: States, key: str) -> "List[Any]":
+    signs: "List[Any]" = []
+    for path in (states.path(key), states.log_path(key)):
+        try:
+            info = os.stat(path)
+            signs.append([info.st_mtime_ns, info.st_size])
+        except OSError:
+            signs.append(None)
+    return signs
+
+
+def addresses(interface: str) -> "List[str]":
+    """Where a service that is bound to *interface* can be reached on its own host."""
+    bare = interface.strip("[]")
+    if bare in ("", "*", "0.0.0.0"):
+        return ["127.0.0.1"]
+    if bare == "::":
+        return ["::1", "127.0.0.1"]
+    if bare == "localhost":
+        return ["127.0.0.1", "::1"]
+    return [bare]
+
+
+def port_of(state: "Dict[str, Any]", name: str = "port") -> "Optional[int]":
+    """The port, or None for what is none."""
+    port = state.get(name)
+    return port if isinstance(port, int) and not isinstance(port, bool) and 0 < port < 65536 else None
+
+
+def probe(state: "Dict[str, Any]", handshake: "Optional[str]") -> str:
+    """Empty if it accepts connections and answers *handshake*, else what is wrong."""
+    return str(answering(state, handshake)[1])
+
+
+def answering(state: "Dict[str, Any]", handshake: "Optional[str]") -> "Tuple[str, str]":
+    """The address that answers, and empty; or what is wrong."""
+    port = port_of(state)
+    if port is None:
+        return "", "its port is no port: %.50r" % (state.get("port"),)
+    said = ""
+    interface = state.get("network_interface")
+    for address in addresses(interface if isinstance(interface, str) else ""):
+        wrong = services.verify_port(address, port, tries=1)
+        if not wrong:
+            if handshake is None:
+                return address, ""
+            shown = "[%s]" % address if ":" in address else address
+            url = "http://%s:%d%s" % (shown, port, handshake)
+            wrong = services.handshake(url, _PROBE_S)[1]
+            if not wrong:
+                return address, ""
+            return address, "GET %s: %s" % (url, wrong)
+        said = said or "%s port %d: %s" % (address, port, wrong)
+    return "", said
+
+
+def bound(key: str, base: "Optional[str]" = None) -> "Dict[str, Any]":
+    """Where its ports are: ``address``, ``ports`` by field (``port``, and all that end with ``_port``), its identity and status."""
+    states = States(SERVER, base)
+    state = states.read(key)
+    if state is None:
+        return {"status": "absent", "ports": {}}
+    names = ["port"] + sorted(name for name in state if name.endswith("_port"))
+    ports = {name: port_of(state, name) for name in names if port_of(state, name) is not None}
+    address = answering(state, None)[0] if "port" in ports else ""
+    supervisor = state.get("supervisor")
+    return {"status": statefile.status_of(state), "ports": ports, "address": address, "pid": state.get("pid"),
+            "pid_start": state.get("pid_start"), "supervised": isinstance(supervisor, dict) and lives(supervisor)}  # fmt: skip
+
+
+def tail_of(states: States, key: str, lines: int = _TAIL_LINES) -> str:
+    """The end of the log; empty without one."""
+    try:
+        data = b"".join(services.log_tail(states.log_path(key), lines))
+    except OSError:
+        return ""
+    return data[-_TAIL_BYTES:].decode("utf-8", "replace")
+
+
+def rows(probed: bool = True, base: "Optional[str]" = None) -> "List[Dict[str, Any]]":
+    """All services, as ``rhl-ps --json`` has them."""
+    return list(services.server_rows(probed, base))
+
+
+def log_piece(key: str, tail: "Optional[int]" = None, offset: "Optional[int]" = None, most: int = 1 << 20,
+              base: "Optional[str]" = None) -> "Dict[str, Any]":  # fmt: skip
+    """Some of the log from *offset* (or its last *tail* lines): ``data``, ``next`` and the file's ``inode``."""
+    states = States(SERVER, base)
+    path = states.log_path(key)
+    if states.read(key) is None or not os.path.exists(path):
+        raise ServiceFault("no log file for %r" % key)
+    return services.piece_of(path, tail, offset, most)
+
+
+def lingering(environment: "Any" = None, roots: str = "/") -> str:
+    """What will end this user's services at logout, and how to keep them; empty where nothing will."""
+    environment = os.environ if environment is None else environment
+    if not os.path.isdir(os.path.join(roots, "run/systemd/system")):
+        return ""
+    try:
+        with open(os.path.join(roots, "proc/self/cgroup"), encoding="utf-8") as file:
+            if "/session-" not in file.read():
+                return ""
+    except OSError:
+        return ""
+    user = environment.get("USER") or environment.get("LOGNAME") or str(os.geteuid())
+    if os.geteuid() == 0 and roots == "/":
+        return ""  # KillExcludeUsers=root is logind's default
+    if os.path.exists(os.path.join(roots, "var/lib/systemd/linger", user)):
+        return ""
+    if not _kills(roots):
+        return ""
+    return ("systemd of this host ends all processes of %s at logout (KillUserProcesses=yes in logind.conf, logind.conf(5)): "
+            "run `loginctl enable-linger %s` there once" % (user, user))  # fmt: skip
+
+
+def _kills(roots: str) -> bool:
+    kills = False
+    places = [os.path.join(roots, each) for each in ("usr/lib/systemd/logind.conf", "etc/systemd/logind.conf")]
+    for folder in ("usr/lib/systemd/logind.conf.d", "run/systemd/logind.conf.d", "etc/systemd/logind.conf.d"):
+        try:
+            places += sorted(os.path.join(roots, folder, name) for name in os.listdir(os.path.join(roots, folder)))
+        except OSError:
+            continue
+    for number, place in enumerate(places):
+        try:
+            with open(place, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    name, _, value = (line.strip().lstrip("#") if number < 2 else line.strip()).partition(
+                        "="
+                    )  # what the main file comments out is the default
+                    if name.strip() == "KillUserProcesses":
+                        kills = value.strip().lower() in ("yes", "true", "1", "on")
+        except OSError:
+            continue
+    return kills
+
+
+def stop(key: str, base: "Optional[str]" = None) -> str:
+    return services.stop(key, base)
+
+
+def remove(key: str, base: "Optional[str]" = None) -> "Optional[str]":
+    """Remove the state file, not the log: its path, or None where there was none."""
+    states = States(SERVER, base)
+    return states.path(key) if states.remove(key) else None
+
+
+def conda_setup(wanted: str, target: str, base: "Optional[str]" = None) -> "Dict[str, Any]":
+    return conda.prefix_or_refresh(wanted, target, base)
+
+
+ACTIONS: "Dict[str, Callable[..., Any]]" = {
+    "look": look, "launch": launch, "await_ready": await_ready, "bound": bound, "rows": rows, "log_piece": log_piece, "stop": stop,
+    "remove": remove, "conda": conda_setup, "clear": services.clear, "persistent": services.persistent,
+}  # fmt: skip

@@ -1,0 +1,275 @@
+"""The process that looks after one service: starts it again when it has ended, begins a new log when one is full.
+
+It holds the service's output, so nothing that is written is lost when a log is put away. A launch that asks for neither has no such
+process. While a restart is due the state file has this process's pid: the service is starting, and nobody launches a second one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+
+from . import launching
+from .cgroups import CgroupError, Cgroups
+from .foundprocess import boot_id, start_of
+from .limits import CONTROLLERS, Enforced, LimitError
+from .services import ServiceFault
+from .statefile import FAILED, STARTING, StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Dict, Optional
+
+_CHUNK = 1 << 16
+_LOCK_S = 60.0
+_LINGER_S = 1.0  # for output of what the service has left running
+MOST, DELAY_S, MOST_DELAY_S = 10, 1.0, 60.0
+
+
+def main(options: "Dict[str, Any]") -> None:
+    """Start the service of `launching.Launch`'s arguments, print its state, and stay until it is over."""
+    watch = Watch(launching.Launch(options.pop("key"), options.pop("workdir"), options.pop("argv"), **options))
+    try:
+        said = watch.begin()
+    except (StateError, ServiceFault, LimitError, OSError) as error:
+        said = {"fault": str(error)}
+    sys.stdout.write(json.dumps(said) + "\n")
+    sys.stdout.flush()
+    if "fault" not in said:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.chdir("/")
+        watch.run()
+
+
+class Watch:
+    """One service and its log."""
+
+    def __init__(self, wanted: launching.Launch) -> None:
+        self.wanted = wanted
+        self.state: "Dict[str, Any]" = {}
+        self._me = {"pid": os.getpid(), "pid_start": start_of(os.getpid()), "boot_id": boot_id()}
+        self._stopping = False
+        self._restarts = 0
+        self._log = -1
+        self._size = 0
+        self._output = -1
+        self._cgroups: "Optional[Cgroups]" = None
+        self._wake, wake = os.pipe()
+        os.set_blocking(wake, False)
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(wake)
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _stop(self, *_: "Any") -> None:
+        self._stopping = True
+
+    def begin(self) -> "Dict[str, Any]":
+        """The first start; whoever launches holds the key's lock."""
+        self.wanted.ready()
+        self._open_log(os.O_TRUNC)
+        self._start()
+        return self.state
+
+    def _start(self) -> None:
+        enforced = None
+        if any(name in CONTROLLERS for name in self.wanted.limits):
+            self._cgroups = self._cgroups or Cgroups()
+        try:
+            enforced = Enforced(self.wanted.limits, self._cgroups, "%s-%d" % (self.wanted.key[:60], self._restarts))
+        except (LimitError, CgroupError) as error:
+            raise ServiceFault(str(error)) from None
+        read, write = os.pipe()
+        os.set_blocking(read, False)
+        self.wanted.output = write  # which is closed there
+        try:
+            self.state = launching.start(self.wanted, enforced, restarts=self._restarts, supervisor=self._me)
+        except BaseException:
+            os.close(read)
+            raise
+        if self._output >= 0:
+            self._drain(self._output)
+            os.close(self._output)
+        self._output, self._enforced = read, enforced
+
+    # its life
+
+    def run(self) -> None:
+        """Until the service is over: stopped, ended and not to be started again, or given up."""
+        while True:
+            status = self._await_end()
+            if self._enforced.cgroup and self._cgroups is not None:
+                self._cgroups.remove(self._enforced.cgroup)
+            if self._stopping or not self._due(status):
+                self._over(status)
+                break
+            if not self._again(status):
+                break
+        self._drain_for(_LINGER_S)
+        if self._cgroups is not None:
+            self._cgroups.close()
+
+    def _await_end(self) -> int:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.register(self._output, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll(1000):
+                if fd == self._wake:
+                    try:
+                        os.read(self._wake, 512)
+                    except BlockingIOError:
+                        pass
+                elif not self._drain(fd):
+                    poll.unregister(fd)
+            pid, status = os.waitpid(self.state["pid"], os.WNOHANG)
+            if pid:
+                return status
+
+    def _due(self, status: int) -> bool:
+        restart = self.wanted.restart
+        policy = restart.get("policy", "never")
+        if policy == "never" or (policy == "on-failure" and status == 0):
+            return False
+        ran_s = time.time() - self.state["launched_at"]
+        if ran_s > restart.get("most_delay", MOST_DELAY_S):
+            self._restarts = 0  # it was well for long enough
+        return bool(self._restarts < restart.get("most", MOST))
+
+    def _again(self, status: int) -> bool:
+        """Wait, then start it once more. False: somebody has stopped it meanwhile, or it can't be started."""
+        restart = self.wanted.restart
+        delay = min(restart.get("delay", DELAY_S) * 2**self._restarts, restart.get("most_delay", MOST_DELAY_S))
+        self._restarts += 1
+        self._note(status, dict(self._me, status=STARTING, restarts=self._restarts, restart_at=time.time() + delay))
+        self._say(
+            "ended with %s; started again in %g s (%d of %d)" % (_ending(status), delay, self._restarts, restart.get("most", MOST))
+        )
+        until = time.monotonic() + delay
+        while not self._stopping and time.monotonic() < until:
+            select.select([self._wake], [], [], max(0.0, min(1.0, until - time.monotonic())))
+            self._drain(self._output)
+            try:
+                os.read(self._wake, 512)
+            except BlockingIOError:
+                pass
+        if self._stopping:
+            return False
+        lock = self.wanted.states.lock(self.wanted.key, _LOCK_S)
+        try:
+            state = self.wanted.states.read(self.wanted.key)
+            if self._stopping or state is None or state.get("supervisor") != self._me:
+                return False  # the state was removed, or is another launch's
+            self._start()
+            return True
+        except (OSError, ServiceFault, StateError) as error:
+            self._say("it can't be started again: %s" % error)
+            self._note(status, {"status": FAILED, "reason": "it can't be started again: %s" % error}, locked=True)
+            return False
+        finally:
+            os.close(lock)
+
+    def _over(self, status: int) -> None:
+        gone: "Dict[str, Any]" = {}
+        if not self._stopping and self.wanted.restart.get("policy", "never") != "never" and status != 0:
+            gone = {
+                "status": FAILED,
+                "reason": "it has ended %d times in a row, at last with %s" % (self._restarts + 1, _ending(status)),
+            }
+        self._note(status, gone)
+
+    def _note(self, status: int, changes: "Dict[str, Any]", *, locked: bool = False) -> None:
+        """Write into the state file how the service has ended, if the file still is about it."""
+        lock = -1
+        try:
+            if not locked:
+                lock = self.wanted.states.lock(self.wanted.key, _LOCK_S)
+            state = self.wanted.states.read(self.wanted.key)
+            if state is None or state.get("supervisor", self._me) != self._me:
+                return
+            state.update({"ended": _ending(status), **changes})
+            if changes.get("status") == STARTING:
+                for name in [each for each in state if each == "port" or each.endswith("_port")]:
+                    del state[name]
+            self.wanted.states.write(self.wanted.key, state)
+        except (StateError, OSError) as error:
+            self._say(str(error))
+        finally:
+            if lock >= 0:
+                os.close(lock)
+
+    # its log
+
+    def _open_log(self, flag: int) -> None:
+        path = self.wanted.states.log_path(self.wanted.key)
+        self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | flag | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._size = os.fstat(self._log).st_size
+
+    def _say(self, text: str) -> None:
+        self._keep(("[zerodeploy] %s\n" % text).encode("utf-8", "replace"))
+
+    def _drain(self, fd: int) -> bool:
+        """Take what is there. False at the end."""
+        try:
+            data = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            return True
+        self._keep(data)
+        return bool(data)
+
+    def _drain_for(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._output, select.POLLIN)
+        while time.monotonic() < until and poll.poll(max(0.0, 1000 * (until - time.monotonic()))):
+            if not self._drain(self._output):
+                return
+
+    def _keep(self, data: bytes) -> None:
+        most = self.wanted.log.get("max_bytes")
+        if most and self._size + len(data) > most and self._size:
+            end = data.rfind(b"\n", 0, max(0, most - self._size)) + 1  # lines stay whole where they can
+            self._write(data[:end])
+            data = data[end:]
+            self._rotate()
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                count = os.write(self._log, view)
+            except OSError:
+                return  # the disk is full: the service goes on, its output does not
+            self._size += count
+            view = view[count:]
+
+    def _rotate(self) -> None:
+        path, keep = self.wanted.states.log_path(self.wanted.key), self.wanted.log.get("keep", 3)
+        try:
+            for number in range(keep - 1, 0, -1):
+                if os.path.lexists("%s.%d" % (path, number)):
+                    os.replace("%s.%d" % (path, number), "%s.%d" % (path, number + 1))
+            if keep:
+                os.replace(path, path + ".1")
+            else:
+                os.unlink(path)
+            old = self._log
+            self._open_log(0)
+            os.close(old)
+        except OSError:
+            self._size = 0  # go on with the file that there is, try again later
+
+
+def _ending(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return "signal %d" % os.WTERMSIG(status)
+    return "exit status %d" % os.WEXITSTATUS(status)
