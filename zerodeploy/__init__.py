@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from zerodeploy.errors import *  # noqa: F403
 from zerodeploy.errors import __all__ as _errors
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from zerodeploy.deployment.info import ServerInfo as ServerInfo
     from zerodeploy.deployment.multi import MultiServerDeployment as MultiServerDeployment

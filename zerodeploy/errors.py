@@ -40,7 +40,10 @@ A message says which host, what was expected, what was seen and what to do. All 
 from __future__ import annotations
 
 import builtins
-from typing import Any
+
+TYPE_CHECKING = False  # the module typing is slow to import, for a command that is to be quick
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = [
     "AgentDidNotStart",

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 
+from .services import ServiceFault
 from .statefile import StateError, base_dir, read_object, write_object
 
 TYPE_CHECKING = False
@@ -35,7 +36,7 @@ _ACTIVATE = '. "$1" || exit 1; conda activate "$2" || exit 1; shift 2; exec "$@"
 _ACTIVATE_MAMBA = 'eval "$("$1" shell hook -s bash)" || exit 1; micromamba activate "$2" || exit 1; shift 2; exec "$@"'
 
 
-class CondaError(Exception):
+class CondaError(ServiceFault):
     """There is no conda here, or it lacks the environment. The text says which and what was looked at."""
 
 

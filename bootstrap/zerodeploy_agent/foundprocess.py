@@ -5,12 +5,12 @@ A process is the one that was noted if its start time and the boot are the same:
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
 
-from .processes import LOST, STOPPING, Status, has_ended, pidfd_open, stat_of
+from .processes import LOST, STOPPING, Status
+from .procfs import has_ended, pidfd_open, start_of
 
 
 class Found:
@@ -78,18 +78,3 @@ class Ended(Found):
         self._lock = threading.Lock()
         self.done = threading.Event()
         self.done.set()
-
-
-def start_of(pid: int) -> str:
-    """When the process *pid* was started (proc(5), field 22 of stat, clock ticks since boot); empty where nobody tells."""
-    return b"".join(stat_of(pid)[19:20]).decode("ascii")
-
-
-@functools.lru_cache(maxsize=1)
-def boot_id() -> str:
-    """Differs after each start of the system; empty where nobody tells."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return ""

@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Dict, Optional, Tuple
 
-MODULES = ("__init__", "cgroups", "foundprocess", "importer", "job", "jobrequests", "jobserver", "jobstate", "leftover", "limits", "loop", "outputlog", "peer", "processes",
+MODULES = ("__init__", "cgroups", "foundprocess", "importer", "job", "jobrequests", "jobserver", "jobstate", "leftover", "limits", "loop", "outputlog", "peer", "processes", "procfs",
            "supervisor")  # fmt: skip
 _RETRY_S = 0.02
 _WAIT_S = 10.0

@@ -13,10 +13,11 @@ import re
 import threading
 import time
 
-from .foundprocess import Ended, Found, boot_id
+from .foundprocess import Ended, Found
 from .job import Job
 from .outputlog import OutputLog
 from .processes import LOST, RUNNING, STOPPING, Status
+from .procfs import boot_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import subprocess
 import time
 
 from . import conda, fresh
-from .foundprocess import boot_id, start_of
 from .limits import CONTROLLERS, Enforced, LimitError
+from .procfs import boot_id, start_of
 from .services import ServiceFault, end_tree
 from .statefile import RUNNING, SERVER, STARTING, States, lives
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 _LOCK_S = 60.0
+_children: "List[int]" = []
 #: becomes the service when its state file is there, and ends when that will never be; the pid stays
 _GATE = 'read _ || exit 1; exec "$@" </dev/null'
 #: what the process that watches a service is made of
-WATCH_NEEDS = ("cgroups", "cleanup", "conda", "foundprocess", "fresh", "launching", "limits", "processes", "services", "statefile")
+WATCH_NEEDS = ("cgroups", "cleanup", "conda", "fresh", "launching", "limits", "procfs", "services", "statefile")
 
 
 class Launch:
@@ -144,11 +145,23 @@ def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") 
             process.wait()
             raise
         os.write(opener, b"\n")
-        process.returncode = 0  # it is nobody's child to wait for from here on: not ours to warn of
+        process.returncode = 0  # it may outlive this process, so nobody waits for it; if it does not, the next start reaps it
+        _reap()
+        _children.append(process.pid)
     finally:
         for fd in (gate, opener, output):
             os.close(fd)
     return state
+
+
+def _reap() -> None:
+    for pid in _children[:]:
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                continue
+        except ChildProcessError:
+            pass
+        _children.remove(pid)
 
 
 def _directory(workdir: str) -> str:

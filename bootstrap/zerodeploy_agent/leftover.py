@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 
-from .processes import has_ended, in_group, pidfd_open, pids
+from .procfs import has_ended, in_group, pidfd_open, pids
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ Nothing here waits: `Process` is told by whoever watches its descriptors (`super
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import threading
@@ -14,10 +13,11 @@ import time
 
 from .cgroups import oom_killed
 from .limits import Enforced, LimitError
+from .procfs import in_group, pidfd_open, pids
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, List, Mapping, Optional, Sequence
+    from typing import Any, Dict, Mapping, Optional, Sequence
 
 INITIAL, RUNNING, STOPPING, EXITED, SIGNALED, FAILED, LOST = (
     "initial",
@@ -246,54 +246,3 @@ class Process:
         if not self.done.wait(timeout):
             raise TimeoutError("the process runs on after %g s" % (timeout or 0))
         return self.status()
-
-
-def pidfd_open(pid: int) -> int:
-    """A descriptor for *pid*, or -1 where the system has none (pidfd_open(2), Linux 5.3)."""
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return -1
-    except AttributeError:  # Python 3.8
-        pass
-    try:
-        import ctypes
-
-        return int(ctypes.CDLL(None, use_errno=True).syscall(434, pid, 0))
-    except (ImportError, OSError, AttributeError):
-        return -1
-
-
-def has_ended(fd: int) -> bool:
-    """Whether the process of a descriptor (`pidfd_open`) has."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def pids() -> "List[int]":
-    """All processes; none without /proc."""
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []
-
-
-def stat_of(pid: int) -> "List[bytes]":
-    """The fields of /proc/PID/stat from the state on (proc(5): its field N is at N - 3); none where there is no such process."""
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            return file.read().rsplit(b")", 1)[1].split()
-    except (OSError, IndexError):
-        return []
-
-
-def runs(pid: int) -> bool:
-    """Whether it lives; a zombie does not."""
-    return stat_of(pid)[:1] not in ([], [b"Z"], [b"X"])
-
-
-def in_group(pid: int, group: int) -> bool:
-    """Whether it lives and is in that process group."""
-    fields = stat_of(pid)
-    return bool(fields) and fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X")

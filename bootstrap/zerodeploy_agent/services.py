@@ -11,7 +11,7 @@ import signal
 import stat
 import time
 
-from .processes import has_ended, pidfd_open, pids, runs, stat_of
+from .procfs import has_ended, pidfd_open, pids, runs, stat_of
 from .statefile import MALFORMED, SERVER, StateError, States, lives, status_of
 
 TYPE_CHECKING = False
@@ -215,31 +215,75 @@ def verify_port(host: str, port: int, tries: int = 3, timeout: float = 2.0) -> s
 
 def handshake(url: str, timeout: float = 5.0) -> "Tuple[int, str]":
     """GET *url*, proxies of the environment ignored: 0 for 2xx, 1 for no answer, 2 for another status; and what was said."""
+    import re
+
+    if not url.startswith(("http://", "https://")) or any(char <= " " or char > "~" for char in url):
+        return 1, "no http:// or https:// URL: %.100s" % url
+    plain = re.match(r"http://(\[[0-9A-Fa-f:.%a-z]+\]|[^/?#@:\[\]]+)(?::([0-9]{1,5}))?(/[^#]*|\?[^#]*)?(?:#.*)?$", url)
+    try:
+        status = (
+            _status_over_tls(url, timeout) if plain is None else _status(plain[1], int(plain[2] or 80), plain[3] or "/", timeout)
+        )
+    except (OSError, ValueError, OverflowError) as error:
+        return 1, str(error)
+    return (0, "") if 200 <= status < 300 else (2, "HTTP %d" % status)
+
+
+def _status(host: str, port: int, target: str, timeout: float) -> int:
+    """Of one GET (RFC 9112), redirects not followed. No library for so little: its import would take longer than the request."""
+    import socket
+
+    until = time.monotonic() + timeout
+    target = target if target.startswith("/") else "/" + target
+    with socket.create_connection((host.strip("[]"), port), timeout) as sock:
+        sock.sendall(
+            ("GET %s HTTP/1.1\r\nHost: %s:%d\r\nUser-Agent: zerodeploy\r\nConnection: close\r\n\r\n" % (target, host, port)).encode(
+                "ascii"
+            )
+        )
+        data = b""
+        while True:
+            more = sock.recv(4096) if until > time.monotonic() else b""
+            data += more
+            head = data.split(b"\r\n", 1)[0] if b"\r\n" in data else data.split(b"\n", 1)[0] if b"\n" in data else None
+            if head is not None:
+                words = head.split(None, 2)
+                if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit() or len(words[1]) != 3:
+                    raise ValueError("no HTTP answer: %.60r" % head)
+                if words[1][:1] != b"1":
+                    return int(words[1])
+                if b"\r\n\r\n" in data:  # an interim answer: the next one counts
+                    data = data.split(b"\r\n\r\n", 1)[1]
+                    if data:
+                        continue
+            if not more:
+                raise ValueError(
+                    "no HTTP answer within %g s" % timeout
+                    if time.monotonic() >= until
+                    else "it closed the connection without an answer"
+                )
+            if len(data) > 1 << 16:
+                raise ValueError("no HTTP answer")
+            sock.settimeout(max(0.001, until - time.monotonic()))
+
+
+def _status_over_tls(url: str, timeout: float) -> int:
+    """For what is more than a plain http URL."""
     import http.client
     import urllib.error
     import urllib.request
 
-    if not url.startswith(("http://", "https://")):
-        return 1, "no http:// or https:// URL: %.100s" % url
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _no_redirect())
-    try:
-        with opener.open(url, timeout=timeout) as answer:
-            return (0, "") if 200 <= answer.status < 300 else (2, "HTTP %d" % answer.status)
-    except urllib.error.HTTPError as error:
-        return 2, "HTTP %d" % error.code
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return 1, str(error)
-
-
-def _no_redirect() -> "Any":
-    """An answer elsewhere is no answer here."""
-    import urllib.request
-
-    class Handler(urllib.request.HTTPRedirectHandler):
+    class Here(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, *args: "Any", **options: "Any") -> None:
-            return None
+            return None  # an answer elsewhere is no answer here
 
-    return Handler()
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({}), Here()).open(url, timeout=timeout) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except http.client.HTTPException as error:
+        raise ValueError(str(error)) from None
 
 
 def check_directory(path: str, home: "Optional[str]" = None, system: "Sequence[str]" = SYSTEM) -> str:

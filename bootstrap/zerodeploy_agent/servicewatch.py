@@ -15,8 +15,8 @@ import time
 
 from . import launching
 from .cgroups import CgroupError, Cgroups
-from .foundprocess import boot_id, start_of
 from .limits import CONTROLLERS, Enforced, LimitError
+from .procfs import boot_id, start_of
 from .services import ServiceFault
 from .statefile import FAILED, STARTING, StateError
 

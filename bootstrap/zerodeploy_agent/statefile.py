@@ -12,8 +12,7 @@ import os
 import stat
 import time
 
-from .foundprocess import boot_id, start_of
-from .processes import runs
+from .procfs import boot_id, runs, start_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

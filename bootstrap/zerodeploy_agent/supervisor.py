@@ -13,13 +13,13 @@ import time
 
 from . import jobstate
 from .cgroups import Cgroups
-from .foundprocess import boot_id, start_of
 from .job import Busy, Job, JobError, NoSuchJob, OffsetError
 from .leftover import Leftover
 from .limits import Descriptors, Enforced, LimitError, whole_number
 from .loop import Loop
 from .outputlog import STDERR, STDOUT, OutputLog, Reader
 from .processes import Process, Status
+from .procfs import boot_id, start_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

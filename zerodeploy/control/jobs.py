@@ -14,6 +14,7 @@ from zerodeploy_agent.messages import WORKER_CHANNEL
 from zerodeploy_agent.streams import Channel
 
 from zerodeploy.control.client import Client
+from zerodeploy.control.parts import install
 from zerodeploy.errors import JobError, JobsUnavailable, LinkLost, NoSuchJob, UsageError, ZeroDeployError
 from zerodeploy.payload.agent import jobs_part
 
@@ -74,9 +75,8 @@ class JobsLink:
 
     def install(self) -> None:
         """Send the engine, once."""
-        self._client.session.ship_late_part()
         if not self._installed:
-            self._client.call("zerodeploy_agent.relay:install", (jobs_part(),), {})
+            install(self._client, jobs_part())
             self._installed = True
 
 

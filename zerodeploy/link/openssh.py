@@ -147,6 +147,16 @@ class OpenSSHLink(Link):
         """The user's command and *options*, which make ssh a master with a control socket of ours."""
         return [*self._argv, *options]
 
+    def command(self, options: Sequence[str]) -> list[str]:
+        """The ssh command with *options* before the user's: of two, ssh takes the first."""
+        return [self._argv[0], *options, *self._argv[1:]]
+
+    def with_options(self, options: Sequence[str]) -> OpenSSHLink:
+        """The same link, with *options* where the user has none of their kind."""
+        link = copy.copy(self)
+        link._options = [*self._options, *options]
+        return link
+
     def through(self, make_proxy: Callable[[], Proxy]) -> Link:
         """See `Link.through`. Takes the place of a ProxyJump or ProxyCommand that the user's ssh_config has."""
         link = copy.copy(self)
@@ -190,6 +200,23 @@ class SshRunning(Running):
 
     def logged_in(self) -> bool | None:
         return self._mux is not None or os.path.exists(self._control_path)
+
+    @property
+    def control_path(self) -> str:
+        """Its control socket, for other commands of ssh, as long as `settle` has not taken its name away."""
+        return self._control_path
+
+    def hold(self) -> None:
+        """Keep it when its own command has ended: until `let_go`. Raises OSError, `ForwardingRefused`."""
+        self._mux = self._mux or MuxClient(self._control_path)
+
+    def forward(self, local_port: int, address: str, port: int) -> None:
+        """Lead *local_port* of this machine's loopbacks to *address* and *port*, as the host sees them. Raises `ForwardingRefused`."""
+        self._need_mux().forward("localhost", local_port, address, port)
+
+    def end_forward(self, local_port: int, address: str, port: int) -> None:
+        """Take `forward` back. Raises `ForwardingRefused`."""
+        self._need_mux().forward("localhost", local_port, address, port, close=True)
 
     def settle(self) -> None:
         try:

@@ -14,7 +14,7 @@ from zerodeploy.errors import ForwardingRefused
 
 __all__ = ["MuxClient"]
 
-_HELLO, _OPEN_FORWARD = 0x1, 0x10000006
+_HELLO, _OPEN_FORWARD, _CLOSE_FORWARD = 0x1, 0x10000006, 0x10000007
 _OK, _DENIED, _FAILURE = 0x80000001, 0x80000002, 0x80000003
 _VERSION = 4
 _LOCAL_FORWARD = 1
@@ -40,12 +40,13 @@ class MuxClient:
             self._socket.close()
             raise
 
-    def forward(self, listen: str, listen_port: int | None, to: str, to_port: int | None) -> None:
-        """Listen on *listen* (a path when its port is None) and lead to *to*. Raises `ForwardingRefused`."""
+    def forward(self, listen: str, listen_port: int | None, to: str, to_port: int | None, *,
+                close: bool = False) -> None:  # fmt: skip
+        """Listen on *listen* (a path when its port is None) and lead to *to*, or no longer. Raises `ForwardingRefused`."""
         with self._lock:
             self._next += 1
             self._send(
-                struct.pack(">III", _OPEN_FORWARD, self._next, _LOCAL_FORWARD)
+                struct.pack(">III", _CLOSE_FORWARD if close else _OPEN_FORWARD, self._next, _LOCAL_FORWARD)
                 + _string(listen) + struct.pack(">I", _STREAMLOCAL if listen_port is None else listen_port)
                 + _string(to) + struct.pack(">I", _STREAMLOCAL if to_port is None else to_port)
             )  # fmt: skip

@@ -68,16 +68,15 @@ _AGENT_LATE = (
 )
 # the engine of jobs follows when the first job is asked for
 _AGENT_JOBS = ("cgroups.py", "foundprocess.py", "job.py", "jobrequests.py", "jobserver.py", "jobsocket.py", "jobstate.py", "leftover.py", "limits.py", "loop.py", "outputlog.py", "peer.py",
-               "processes.py", "supervisor.py")  # fmt: skip
+               "processes.py", "procfs.py", "supervisor.py")  # fmt: skip
 # and that of services; some of it is in both
 _AGENT_SERVICES = (
     "cgroups.py",
     "conda.py",
-    "foundprocess.py",
     "hosting.py",
     "launching.py",
     "limits.py",
-    "processes.py",
+    "procfs.py",
     "services.py",
     "servicewatch.py",
     "statefile.py",

@@ -25,9 +25,12 @@ _UNMASKS = {ord(masked): char for char, masked in _MASKS.items()} | {ord(_EMPTY)
 _MASK = {ord(char): masked for char, masked in _MASKS.items()}
 #: commands that only a shell has
 _OF_SHELL = frozenset(
-    ". : alias bg break case cd continue do done elif else esac eval exec exit export fg fi for function getopts hash if jobs local read "
-    "readonly return select set shift shopt source then time times trap type typeset ulimit umask unalias unset until wait while".split()
-)
+    (
+        ".", ":", "[[", "alias", "bg", "break", "case", "cd", "continue", "do", "done", "elif", "else", "esac", "eval", "exec", "exit", "export", "fg", "fi", "for",
+        "function", "getopts", "hash", "if", "jobs", "local", "read", "readonly", "return", "select", "set", "shift", "shopt", "source", "then", "time", "times",
+        "trap", "type", "typeset", "ulimit", "umask", "unalias", "unset", "until", "wait", "while",
+    )
+)  # fmt: skip
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*\+?=")
 
 
@@ -73,7 +76,7 @@ def _masked(template: str, names: Mapping[str, Any], extra: Mapping[str, Any], p
     if len(others) != len(pieces):
         others = [("", True)] * len(pieces)
     return [
-        plain if not field else other if other.translate(_UNMASKS) == plain and other != plain or plain == other else _mask(plain)
+        plain if not field else other if plain in (other, other.translate(_UNMASKS)) else _mask(plain)
         for (plain, field), (other, _) in zip(pieces, others, strict=True)
     ]
 

@@ -119,9 +119,15 @@ class Config:
                 self.source, self._lines, ("workdir",), f"an absolute path, or one that begins with ~/; not {self.workdir!r}"
             )
 
-    def error(self, where: str, text: str) -> ConfigError:
-        """An error about the field *where*."""
-        return _error(self.source, self._lines, (where,), text)
+    def check_level(self, level: object) -> None:
+        """Raises `ConfigError` for no level of `Observer`."""
+        if level not in ("minimal", "basic", "debug"):
+            raise _error(self.source, self._lines, ("log_level",), f"it must be one of minimal, basic, debug; not {level!r}")
+
+    def placed(self, error: ConfigError, name: str) -> ConfigError:
+        """*error* of the field's template, with the file and the line."""
+        assert isinstance(error, TemplateError)
+        return _placed(error, self.source, self._lines, (name,))
 
 
 def _shown(value: object) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -85,6 +86,8 @@ def decide(command: str, policy: Policy, home: str) -> list[str]:
             "--permissive-paths; see Path policy in the documentation"
         )
     given = _parsed(name, arguments)
+    if name == "rhl-launch-service" and given is not None and given.conda_env and os.path.isabs(given.conda_env):
+        raise GuardRefused("--conda-env takes a name here, not a path")
     if name in _PATHS and given is not None:
         named = getattr(given, _PATHS[name])
         checked = [_checked(path, policy, home, name) for path in (named if isinstance(named, list) else [named])]
@@ -92,10 +95,17 @@ def decide(command: str, policy: Policy, home: str) -> list[str]:
     return [name, *arguments]
 
 
-def _rebuilt(name: str, given: argparse.Namespace, paths: list[str]) -> list[str]:
+def _rebuilt(name: str, given: helpers.Given, paths: list[str]) -> list[str]:
     """The arguments again, with the paths that were checked in place of the client's: a link may lead elsewhere by then."""
     if name == "rhl-clear":
         return ["--", *paths]
+    if name == "rhl-launch-service":
+        words = [f"--key={given.key}", f"--workdir={paths[0]}", f"--network-interface={given.network_interface}"]
+        words += [f"--conda-env={given.conda_env}"] if given.conda_env is not None else []
+        for option in ("parameters", "meta"):
+            if getattr(given, option) is not None:
+                words.append(f"--{option}={json.dumps(getattr(given, option))}")
+        return [*words, *(["--settings-stdin"] if given.settings_stdin else []), "--", *given.command]
     marker = [] if given.marker is None else [f"--marker={given.marker}"]
     return [*marker, *(["--json"] if given.json else []), "--", *paths]
 
@@ -130,12 +140,12 @@ def _end_of_word(text: str, at: int) -> int:
     return end
 
 
-def _parsed(name: str, arguments: Sequence[str]) -> argparse.Namespace | None:
+def _parsed(name: str, arguments: Sequence[str]) -> helpers.Given | None:
     """As the helper will read them; None where it will print its help and no more."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            return helpers.parser(name).parse_intermixed_args(list(arguments))
+            return helpers.parse(name, arguments)
     except SystemExit as error:
         if error.code == 0:
             return None
@@ -236,7 +246,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         return 1
     code = "import sys; from zerodeploy.services.helpers import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-I", "-c", code, name, *arguments], environment_of(os.environ))
+    os.execve(
+        sys.executable, [sys.executable, "-I", "-c", code, name, *arguments], {**environment_of(os.environ), helpers.GUARDED: "1"}
+    )
     raise AssertionError  # execve does not return
 
 

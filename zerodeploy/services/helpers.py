@@ -6,37 +6,81 @@ abbreviated, so that a guard which parses them sees what the helper sees.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from zerodeploy_agent import processes, services, statefile
+from zerodeploy_agent import procfs, services, statefile
 from zerodeploy_agent.services import ServiceFault
 from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
 
-__all__ = ["HELPERS", "parser", "run"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
+
+__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "parse", "parser", "run", "whitelist"]
+
+#: set by rhl-guard for what it starts
+GUARDED = "RHL_GUARDED"
+#: what may be launched behind the guard when no list says more
+SEAMLESS = frozenset(("hashserver", "seamless-database", "seamless-jobserver", "seamless-dask-wrapper"))
+_MOST_BYTES = 1 << 20
 
 _PROBE_S = 5.0
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+#: what `parser` makes of rhl-ps without options: asked so often that argparse's import would be most of its time
+_PLAIN_PS = {"client": False, "host": None, "status": None, "key": False, "no_status": False, "json": False}
+
+
+class Given:
+    """Arguments that were read, as `argparse.Namespace`."""
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__.update(given)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 def parser(name: str) -> argparse.ArgumentParser:
     """How the helper *name* reads its arguments."""
-    made = _Parser(prog=name, description=HELPERS[name][1])
+    import argparse
+
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) - 2 if columns.isdigit() and int(columns) > 20 else 100
+    made = argparse.ArgumentParser(
+        prog=name,
+        description=HELPERS[name][1],
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=width),
+    )
     HELPERS[name][2](made)
     return made
 
 
+def parse(name: str, argv: Sequence[str]) -> Given:
+    """The arguments, read as `run` reads them. Raises SystemExit (status 2 for usage, 0 for --help)."""
+    words = list(argv)
+    if name == "rhl-ps" and words in ([], ["--json"]):
+        return Given(**{**_PLAIN_PS, "json": bool(words)})
+    made = parser(name)
+    if name != "rhl-launch-service":
+        return made.parse_intermixed_args(words, Given())
+    at = words.index("--") if "--" in words else len(words)
+    given = made.parse_args(words[:at], Given())
+    given.command = words[at + 1 :]
+    if not given.command or not given.command[0]:
+        made.error("the command comes last, behind --")
+    return given
+
+
 def run(name: str, argv: Sequence[str] | None = None) -> int:
     """The helper's exit status. Raises SystemExit for usage (2) and --help (0)."""
-    given = parser(name).parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
+    given = parse(name, sys.argv[1:] if argv is None else list(argv))
     try:
         return int(HELPERS[name][0](given) or 0)
     except (StateError, ServiceFault) as error:
@@ -73,7 +117,7 @@ def _inspect_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--with-mtime", action="store_true", help='{"mtime": seconds since 1970, "data": the state}')
 
 
-def _inspect(given: argparse.Namespace) -> int:
+def _inspect(given: Given) -> int:
     states = States(SERVER)
     state = states.read(given.key)
     if state is None:
@@ -87,16 +131,16 @@ def _inspect(given: argparse.Namespace) -> int:
 
 def _logs_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("key")
-    made.add_argument("--tail", type=_count, metavar="N", help="only the last N lines")
+    made.add_argument("--tail", type=_whole_number, metavar="N", help="only the last N lines")
 
 
-def _count(text: str) -> int:
+def _whole_number(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+        raise ValueError  # argparse words it
     return int(text)
 
 
-def _logs(given: argparse.Namespace) -> int:
+def _logs(given: Given) -> int:
     states = States(SERVER)
     state = states.read(given.key)
     path = states.log_path(given.key)
@@ -117,7 +161,7 @@ def _ps_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
-def _ps(given: argparse.Namespace) -> int:
+def _ps(given: Given) -> int:
     rows = list(_client_rows() if given.client else services.server_rows(not given.no_status))
     rows = [row for row in rows if given.host in (None, row.get("ssh_host")) and given.status in (None, row.get("status"))]
     for row in rows:
@@ -158,21 +202,21 @@ def _client_rows() -> Iterator[dict[str, Any]]:
 
 
 def _pid_options(made: argparse.ArgumentParser) -> None:
-    made.add_argument("pid", type=_count, metavar="PID")
+    made.add_argument("pid", type=_whole_number, metavar="PID")
 
 
-def _pid_alive(given: argparse.Namespace) -> int:
+def _pid_alive(given: Given) -> int:
     if not 0 < given.pid < 1 << 31:
         return _say("rhl-pid-alive", f"{given.pid} is no pid")
-    return 0 if processes.runs(given.pid) else 1
+    return 0 if procfs.runs(given.pid) else 1
 
 
 def _port_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("host", metavar="HOST")
-    made.add_argument("port", type=_count, metavar="PORT")
+    made.add_argument("port", type=_whole_number, metavar="PORT")
 
 
-def _verify_port(given: argparse.Namespace) -> int:
+def _verify_port(given: Given) -> int:
     said = services.verify_port(given.host, given.port)
     return _say("rhl-verify-port", f"{given.host} port {given.port}: {said}") if said else 0
 
@@ -181,7 +225,7 @@ def _url_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("url", metavar="URL")
 
 
-def _handshake(given: argparse.Namespace) -> int:
+def _handshake(given: Given) -> int:
     status, said = services.handshake(given.url, _PROBE_S)
     if said:
         _say("rhl-handshake", f"{given.url}: {said}")
@@ -195,7 +239,7 @@ def _keys_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("keys", nargs="+", metavar="KEY")
 
 
-def _stop(given: argparse.Namespace) -> int:
+def _stop(given: Given) -> int:
     status = 0
     for key in given.keys:
         try:
@@ -211,7 +255,7 @@ def _rm_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--server", action="store_true", help="only the service's state")
 
 
-def _rm(given: argparse.Namespace) -> int:
+def _rm(given: Given) -> int:
     both = given.client == given.server
     sides = [side for side, wanted in ((CLIENT, given.client), (SERVER, given.server)) if wanted or both]
     for key in given.keys:
@@ -229,7 +273,7 @@ def _persistent_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
-def _ps_persistent(given: argparse.Namespace) -> int:
+def _ps_persistent(given: Given) -> int:
     rows = [row for path in given.paths for row in services.persistent(path, given.marker)]
     if given.json:
         for row in rows:
@@ -248,13 +292,128 @@ def _clear_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("path", metavar="PATH")
 
 
-def _clear(given: argparse.Namespace) -> int:
+def _clear(given: Given) -> int:
     print(f"removed {services.clear(given.path)} item(s) from {given.path}")
     return 0
 
 
+# launching
+
+
+def _launch_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--key", required=True)
+    made.add_argument("--workdir", required=True, metavar="DIR", help="made if it is not there")
+    made.add_argument("--conda-env", metavar="ENV", help="a name (base is one), or an absolute prefix")
+    made.add_argument("--network-interface", default="localhost", metavar="ADDRESS")
+    made.add_argument("--parameters", type=_json_object, metavar="JSON")
+    made.add_argument("--meta", type=_json_object, metavar="JSON")
+    made.add_argument("--settings-stdin", action="store_true", help="read {env, limits, restart, log} from standard input, as JSON")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def _launch(given: Given) -> int:
+    from zerodeploy_agent import hosting, launching
+
+    guarded = bool(os.environ.pop(GUARDED, ""))
+    allowed = whitelist(guarded=guarded)
+    if allowed is not None and given.command[0] not in allowed:
+        return _say("rhl-launch-service", f"service binary is not whitelisted: {given.command[0]!r}")
+    settings = _settings() if given.settings_stdin else {}
+    if guarded and "env" in settings:
+        return _say("rhl-launch-service", "behind rhl-guard the environment is the host's: env can't be given")
+    if guarded and given.conda_env and os.path.isabs(given.conda_env):
+        return _say("rhl-launch-service", "behind rhl-guard a conda environment is a name, not a path")
+    state = launching.launch(
+        given.key, given.workdir, given.command, network_interface=given.network_interface, parameters=given.parameters, meta=given.meta,
+        conda=given.conda_env, **settings,
+    )  # fmt: skip
+    warning = hosting.lingering()
+    if warning:
+        _say("rhl-launch-service", warning)
+    if not state.pop("launched"):
+        _say("rhl-launch-service", f"{given.key!r} is running already")
+    print(_json(state))
+    return 0
+
+
+def _settings() -> dict[str, Any]:
+    try:
+        value = json.loads(sys.stdin.buffer.read(_MOST_BYTES))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or any(name not in ("env", "limits", "restart", "log") for name in value):
+        raise ServiceFault("standard input holds no JSON object with env, limits, restart or log")
+    env = value.get("env", {})
+    if not isinstance(env, dict) or not all(isinstance(each, str) and "\0" not in each for pair in env.items() for each in pair):
+        raise ServiceFault("env is an object of strings")
+    return value
+
+
+def whitelist(*, guarded: bool) -> frozenset[str] | None:
+    """The programs that may be launched; None: any.
+
+    ``RHL_TOOLS_YAML``, else ``tools.yaml`` where the state files are: a mapping of names to options. ``command_template`` of a
+    tool names its program in its first word. Without either: behind the guard `SEAMLESS`. Raises `ServiceFault`.
+    """
+    path = os.environ.get("RHL_TOOLS_YAML") or os.path.join(statefile.base_dir(), "tools.yaml")
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MOST_BYTES)
+    except FileNotFoundError:
+        if os.environ.get("RHL_TOOLS_YAML"):
+            raise ServiceFault("the file that RHL_TOOLS_YAML names is not there") from None
+        return SEAMLESS if guarded else None
+    except OSError as error:
+        raise ServiceFault(f"the whitelist of services can't be read: {error.strerror}") from None
+    import yaml
+
+    try:
+        tools = yaml.load(raw, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        tools = None
+    if not isinstance(tools, dict) or not all(isinstance(name, str) for name in tools):
+        raise ServiceFault("the whitelist of services is no YAML mapping of names to options")
+    allowed = set(tools)
+    for options in tools.values():
+        template = options.get("command_template") if isinstance(options, dict) else None
+        if isinstance(template, str) and template.split():
+            allowed.add(template.split()[0])
+    return frozenset(allowed)
+
+
+def _no_options(_: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _cache_conda(_: Given) -> int:
+    from zerodeploy_agent import conda  # the others need none of it, and rhl-ps is to be quick
+
+    conda.refresh()
+    print(f"wrote {conda.cache_path()}")
+    return 0
+
+
+def _conda_info(_: Given) -> int:
+    from zerodeploy_agent import conda
+
+    setup = conda.cached()
+    if setup is None:
+        return _say("rhl-conda-info", f"cache file not found: {conda.cache_path()}; rhl-cache-conda writes it")
+    print(json.dumps(setup, separators=(",", ":")))
+    return 0
+
+
 #: by name: what it does, its description, its options
-HELPERS: dict[str, tuple[Callable[[argparse.Namespace], int], str, Callable[[argparse.ArgumentParser], None]]] = {
+HELPERS: dict[str, tuple[Callable[[Given], int], str, Callable[[argparse.ArgumentParser], None]]] = {
     "rhl-inspect": (_inspect, "Print a service's state.", _inspect_options),
     "rhl-logs": (_logs, "Print a service's log. Read it before rhl-rm removes the state.", _logs_options),
     "rhl-ps": (_ps, "List services and their states, or the connections of this side.", _ps_options),
@@ -265,6 +424,13 @@ HELPERS: dict[str, tuple[Callable[[argparse.Namespace], int], str, Callable[[arg
     "rhl-rm": (_rm, "Remove state files of this side, of services, or both. Logs stay.", _rm_options),
     "rhl-ps-persistent": (_ps_persistent, "Say whether directories are absent, empty or populated.", _persistent_options),
     "rhl-clear": (_clear, "Remove what is directly in a directory.", _clear_options),
+    "rhl-launch-service": (
+        _launch,
+        "Launch a service once for its key, and write its state file. -- COMMAND ARG... come last.",
+        _launch_options,
+    ),
+    "rhl-cache-conda": (_cache_conda, "Look for conda and its environments, and write that to a cache.", _no_options),
+    "rhl-conda-info": (_conda_info, "Print what rhl-cache-conda has written.", _no_options),
 }
 
 
@@ -275,6 +441,7 @@ def _script(name: str) -> Callable[[], None]:
     return main
 
 
-rhl_inspect, rhl_logs, rhl_ps, rhl_pid_alive, rhl_verify_port, rhl_handshake, rhl_stop, rhl_rm, rhl_ps_persistent, rhl_clear = map(
-    _script, HELPERS
-)
+(
+    rhl_inspect, rhl_logs, rhl_ps, rhl_pid_alive, rhl_verify_port, rhl_handshake, rhl_stop, rhl_rm, rhl_ps_persistent, rhl_clear,
+    rhl_launch_service, rhl_cache_conda, rhl_conda_info,
+) = map(_script, HELPERS)  # fmt: skip

@@ -1,0 +1,84 @@
+"""What Linux tells of processes: who runs, since when, and a descriptor that stays the same process's.
+
+Without /proc nobody is found; see each function. Imports next to nothing: commands that only look are to be quick.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import List, Optional
+
+_boot_id: "Optional[str]" = None
+
+
+def pidfd_open(pid: int) -> int:
+    """A descriptor for *pid*, or -1 where the system has none (pidfd_open(2), Linux 5.3)."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return -1
+    except AttributeError:  # Python 3.8
+        pass
+    try:
+        import ctypes
+
+        return int(ctypes.CDLL(None, use_errno=True).syscall(434, pid, 0))
+    except (ImportError, OSError, AttributeError):
+        return -1
+
+
+def has_ended(fd: int) -> bool:
+    """Whether the process of a descriptor (`pidfd_open`) has."""
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def pids() -> "List[int]":
+    """All processes; none without /proc."""
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def stat_of(pid: int) -> "List[bytes]":
+    """The fields of /proc/PID/stat from the state on (proc(5): its field N is at N - 3); none where there is no such process."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rsplit(b")", 1)[1].split()
+    except (OSError, IndexError):
+        return []
+
+
+def runs(pid: int) -> bool:
+    """Whether it lives; a zombie does not."""
+    return stat_of(pid)[:1] not in ([], [b"Z"], [b"X"])
+
+
+def in_group(pid: int, group: int) -> bool:
+    """Whether it lives and is in that process group."""
+    fields = stat_of(pid)
+    return bool(fields) and fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X")
+
+
+def start_of(pid: int) -> str:
+    """When the process *pid* was started (proc(5), field 22 of stat, clock ticks since boot); empty where nobody tells."""
+    return b"".join(stat_of(pid)[19:20]).decode("ascii")
+
+
+def boot_id() -> str:
+    """Differs after each start of the system; empty where nobody tells."""
+    global _boot_id
+    if _boot_id is None:
+        try:
+            with open("/proc/sys/kernel/random/boot_id") as file:
+                _boot_id = file.read().strip()
+        except OSError:
+            _boot_id = ""
+    return _boot_id

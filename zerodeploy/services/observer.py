@@ -1,0 +1,90 @@
+"""What a launcher tells while it works: a line for each step, with the seconds since it began; on standard error and in files.
+
+``minimal`` is quiet where nobody watches: the steps are shown on a terminal alone. ``basic`` always shows them. ``debug`` also has
+what was sent to which host: ``command[SSHExecutor[HOST]]: rhl-inspect KEY``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import IO, Any
+
+from zerodeploy.errors import ServiceError
+
+__all__ = ["LEVELS", "Observer"]
+
+LEVELS = ("minimal", "basic", "debug")
+
+
+class Observer:
+    """See the module.
+
+    Args:
+        level: one of `LEVELS`.
+        log_file, debug_log_file: files to add to: the steps, and everything.
+        stream: default standard error.
+
+    Raises:
+        ServiceError: a file can't be written.
+    """
+
+    def __init__(self, level: str = "minimal", log_file: str | None = None, debug_log_file: str | None = None, *,
+                 stream: IO[str] | None = None) -> None:  # fmt: skip
+        self._began = time.monotonic()
+        self._stream = sys.stderr if stream is None else stream
+        shows = level != "minimal" or self._stream.isatty()
+        self._sinks: list[tuple[IO[str], bool]] = [(self._stream, level == "debug")] if shows else []
+        self.quiet = not shows
+        self._files: list[IO[str]] = []
+        for path, all_of_it in ((log_file, False), (debug_log_file, True)):
+            if path:
+                try:
+                    file = open(os.path.expanduser(path), "a", encoding="utf-8", buffering=1)
+                except OSError as error:
+                    raise ServiceError(f"the log {path} can't be written: {error.strerror}") from None
+                self._files.append(file)
+                self._sinks.append((file, all_of_it))
+
+    def step(self, name: str, text: str) -> None:
+        """A step that was taken, and how it went."""
+        self._put(f"{time.monotonic() - self._began:6.1f}s {name}: {text}", detail=False)
+
+    def detail(self, text: str) -> None:
+        """Only for ``debug``."""
+        self._put(f"detail: {text}", detail=True)
+
+    def command(self, target: str, words: Sequence[str], done: bool = False) -> None:
+        """A helper command, or the agent's way of doing the same; without what may be a secret."""
+        import shlex
+
+        text = " ".join(shlex.quote(word) for word in words)
+        short = text if len(text) < 60 else f"{text[:30]} [...]{text[-30:]}"
+        self._put(f"command{'-done' if done else ''}[{target}]: {short}", detail=True)
+        if short != text and not done:
+            self._put(f"full-command[{target}]: {text}", detail=True)
+
+    def warning(self, text: str) -> None:
+        """What somebody should know, also where nobody watches."""
+        self._put(f"warning: {text}", detail=False, stream=self.quiet)
+
+    def _put(self, line: str, *, detail: bool, stream: bool = False) -> None:
+        sinks = [(self._stream, True), *self._sinks] if stream else self._sinks
+        for sink, all_of_it in sinks:
+            if all_of_it or not detail:
+                with contextlib.suppress(OSError, ValueError):
+                    sink.write(line + "\n")
+                    sink.flush()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()

@@ -1,0 +1,171 @@
+"""Tunnels to services: a process of this user for each, which keeps one ssh for all ports of its service.
+
+The process logs in, launches the service over that login and stays when the launcher ends. It opens the ssh again when it drops, to
+the same local ports; it ends, and the connection file with it, when the service has ended or `close` is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from zerodeploy_agent import statefile
+from zerodeploy_agent.procfs import has_ended, pidfd_open
+from zerodeploy_agent.statefile import CLIENT, States
+
+from zerodeploy.errors import ServiceError
+
+if TYPE_CHECKING:
+    from zerodeploy.services.run import Launcher
+
+__all__ = ["close", "listed", "open_tunnel"]
+
+_CLOSE_S = 10.0
+
+
+def open_tunnel(launcher: Launcher) -> dict[str, Any]:
+    """Launch with a tunnel, called by the launcher with the key's lock; the connection. Raises `ServiceError`."""
+    config, states = launcher.config, launcher.states
+    _end_old(states, config.key)
+    given = {"data": dict(config.data), "source": config.source, "folder": states.folder, "ssh_options": launcher.ssh_options}
+    try:
+        packed = json.dumps(given)
+    except (TypeError, ValueError) as error:
+        raise ServiceError(f"the configuration holds what JSON can't: {error}") from None
+    process = _start(states, config.key)
+    assert process.stdin and process.stdout
+    try:
+        process.stdin.write(packed.encode("utf-8", "surrogatepass") + b"\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            said = json.loads(line)
+            if "connection" in said:
+                state, connection = said["state"], said["connection"]
+                ports = ", ".join(
+                    f"localhost:{port} -> {connection['tunneled-network-interface']}:{said['ports'][name]}"
+                    for name, port in said["local"].items()
+                )
+                launcher.observer.step("tunnel_setup", ports)
+                made = launcher.finish(state, connection)
+                process.stdin.write(b"keep\n")
+                process.stdin.close()
+                return {name: value for name, value in made.items() if name != "tunnel"}
+            if "error" in said:
+                raise ServiceError(said["error"], host=said.get("host", ""), state=said.get("state", {}), log=said.get("log", ""))
+            getattr(launcher.observer, said["say"])(*said["args"])
+        raise ServiceError(f"the process that keeps the tunnel has ended: {_last_words(states, config.key)}")
+    except BrokenPipeError:
+        raise ServiceError(f"the process that keeps the tunnel has ended: {_last_words(states, config.key)}") from None
+    finally:
+        _let_go(process)
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """The end of its input ends a keeper that was not told to stay; its output ends with it."""
+    assert process.stdin and process.stdout
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    until = time.monotonic() + _CLOSE_S
+    while select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+        if not os.read(process.stdout.fileno(), 1 << 16):
+            break
+    process.stdout.close()
+    process.wait()
+
+
+def _start(states: States, key: str) -> subprocess.Popen[bytes]:
+    os.makedirs(states.folder, 0o700, exist_ok=True)
+    log = os.open(_log_path(states, key), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "zerodeploy.services.tunnelkeeper"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )  # fmt: skip
+    finally:
+        os.close(log)
+
+
+def _log_path(states: States, key: str) -> str:
+    return os.path.join(states.folder, f"{statefile.check_key(key)}.tunnel.log")
+
+
+def _last_words(states: States, key: str) -> str:
+    try:
+        with open(_log_path(states, key), encoding="utf-8", errors="replace") as file:
+            return file.read()[-1000:].strip() or "it said nothing"
+    except OSError:
+        return "it said nothing"
+
+
+def _end_old(states: States, key: str) -> None:
+    """A process that is there but whose tunnel does not answer makes room."""
+    try:
+        state = states.read(key)
+    except statefile.StateError:
+        return
+    if state is not None:
+        _end(state.get("tunnel"))
+
+
+def _end(keeper: Any) -> bool:
+    """Whether that process was there. It is held by a descriptor before it is signalled."""
+    if not isinstance(keeper, dict) or not statefile.lives(keeper):
+        return False
+    fd = pidfd_open(keeper["pid"])
+    try:
+        if not statefile.lives(keeper):
+            return False
+        for number, limit_s in ((signal.SIGTERM, _CLOSE_S), (signal.SIGKILL, 2.0)):
+            os.kill(keeper["pid"], number)
+            until = time.monotonic() + limit_s
+            while statefile.lives(keeper) and not (fd >= 0 and has_ended(fd)):
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.01)
+            else:
+                return True
+        return True
+    except ProcessLookupError:
+        return True
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def listed(states: States | None = None) -> Iterator[dict[str, Any]]:
+    """The tunnels of this user: ``key``, ``ssh_host``, ``ports`` (by field, the local ones), ``pid`` and ``status``: open or dead."""
+    states = states or States(CLIENT)
+    for key, state, wrong in states.all():
+        keeper = state.get("tunnel")
+        if wrong or not isinstance(keeper, dict):
+            continue
+        ports = {name: port for name, port in state.items() if name == "port" or name.endswith("_port")}
+        status = "open" if statefile.lives(keeper) else "dead"
+        yield {"key": key, "ssh_host": state.get("tunneled-host"), "ports": ports, "pid": keeper.get("pid"), "status": status}
+
+
+def close(key: str, states: States | None = None) -> bool:
+    """Close the tunnel, and remove its connection file; the service runs on. False: there was none. Raises `ServiceError`."""
+    states = states or States(CLIENT)
+    try:
+        state = states.read(key)
+    except statefile.StateError as error:
+        raise ServiceError(str(error)) from None
+    if state is None or not isinstance(state.get("tunnel"), dict):
+        return False
+    _end(state["tunnel"])
+    try:
+        left = states.read(key)
+    except statefile.StateError:
+        left = None
+    if left is not None and left.get("tunnel") == state["tunnel"]:
+        states.remove(key)
+    return True
