@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import zerodeploy
-from zerodeploy.cli import agent, build, cache, call, certs, demo, doctor, files, hosts, job, jobs, run, shell
+from zerodeploy.cli import agent, build, cache, call, certs, demo, doctor, files, hosts, job, jobs, run, service, shell
 from zerodeploy.cli import map as map_
 from zerodeploy.cli.common import options_of
 
@@ -28,5 +28,5 @@ def cli(context: click.Context) -> None:
 
 
 for command in (agent.agent, build.build, cache.cache, call.call, certs.certs, demo.demo, doctor.doctor, files.get, files.put, hosts.hosts, job.job, jobs.jobs, map_.map_hosts, run.run,
-                run.script, shell.shell):  # fmt: skip
+                run.script, service.service, shell.shell):  # fmt: skip
     cli.add_command(command)

@@ -15,7 +15,16 @@ from typing import Any
 
 import click
 
-from zerodeploy.errors import HostError, JobError, JobsUnavailable, LinkLost, RemoteCallError, UsageError, ZeroDeployError
+from zerodeploy.errors import (
+    HostError,
+    JobError,
+    JobsUnavailable,
+    LinkLost,
+    RemoteCallError,
+    ServiceError,
+    UsageError,
+    ZeroDeployError,
+)
 
 __all__ = [
     "EXIT", "Context", "HostCommand", "deployment", "errors_told", "interpreter_of", "json_text", "modules_of", "options_of",
@@ -225,6 +234,9 @@ def errors_told(settings: Context) -> Iterator[None]:
     except JobError as error:
         tell_error(settings, error)
         sys.exit(EXIT["login or link" if isinstance(error, JobsUnavailable) else "refused"])
+    except ServiceError as error:
+        tell_error(settings, error)
+        sys.exit(EXIT["refused"])
     except (HostError, LinkLost) as error:
         tell_error(settings, error)
         sys.exit(EXIT["login or link"])

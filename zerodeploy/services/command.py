@@ -16,7 +16,7 @@ from typing import Any
 from zerodeploy.errors import TemplateError
 from zerodeploy.services.templates import parts
 
-__all__ = ["shown", "words"]
+__all__ = ["shown", "shown_plainly", "words"]
 
 _EMPTY = "\ue0ff"  # stands for an empty value, which is a word
 _SPACES = {" ": "\u2000", "\t": "\u2001", "\n": "\u2028", "\r": "\u2029"}  # whitespace for str.split and strip, not for shlex
@@ -66,6 +66,11 @@ def words(template: str, names: Mapping[str, Any], *, extra: Mapping[str, Any], 
 def shown(found: list[str]) -> str:
     """The words as one line, for people: the text itself where bash runs it."""
     return found[2] if found[:2] == ["/bin/bash", "-c"] and len(found) == 3 else shlex.join(found)
+
+
+def shown_plainly(found: list[str]) -> str:
+    """`shown`, with a ``~`` in front left as it is: that is what stands for the host's home directory."""
+    return re.sub(r"'(~/[\w./@%+=:,-]*)'", r"\1", shown(found))
 
 
 def _masked(template: str, names: Mapping[str, Any], extra: Mapping[str, Any], pieces: list[tuple[str, bool]]) -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "parse", "parser", "run", "whitelist"]
+__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "client_rows", "parse", "parser", "run", "whitelist"]
 
 #: set by rhl-guard for what it starts
 GUARDED = "RHL_GUARDED"
@@ -37,6 +37,8 @@ _PLAIN_PS = {"client": False, "host": None, "status": None, "key": False, "no_st
 
 class Given:
     """Arguments that were read, as `argparse.Namespace`."""
+
+    command: list[str]
 
     def __init__(self, **given: Any) -> None:
         self.__dict__.update(given)
@@ -136,7 +138,9 @@ def _logs_options(made: argparse.ArgumentParser) -> None:
 
 def _whole_number(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise ValueError  # argparse words it
+        import argparse
+
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
 
 
@@ -162,7 +166,7 @@ def _ps_options(made: argparse.ArgumentParser) -> None:
 
 
 def _ps(given: Given) -> int:
-    rows = list(_client_rows() if given.client else services.server_rows(not given.no_status))
+    rows = list(client_rows() if given.client else services.server_rows(not given.no_status))
     rows = [row for row in rows if given.host in (None, row.get("ssh_host")) and given.status in (None, row.get("status"))]
     for row in rows:
         if row.get("error"):
@@ -189,7 +193,7 @@ def _shown(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _client_rows() -> Iterator[dict[str, Any]]:
+def client_rows() -> Iterator[dict[str, Any]]:
     for key, state, wrong in States(CLIENT).all():
         if wrong:
             yield {"key": key, "ssh_host": None, "host": None, "port": None, "status": statefile.MALFORMED, "error": wrong}
@@ -316,7 +320,9 @@ def _json_object(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError
+        import argparse
+
+        raise argparse.ArgumentTypeError(f"no JSON object: {text[:80]!r}")
     return value
 
 

@@ -19,8 +19,8 @@ from zerodeploy_agent import statefile
 from zerodeploy.errors import ForwardingRefused, ServiceError, ZeroDeployError
 from zerodeploy.services.config import of_mapping
 from zerodeploy.services.executors import Executor, executor_over, log_in
+from zerodeploy.services.launch import Launcher
 from zerodeploy.services.observer import Observer
-from zerodeploy.services.run import Launcher
 
 _SILENT_S = 20.0  # without one of the dots that come each second
 _POLL_S = 5.0  # where nobody can watch for us

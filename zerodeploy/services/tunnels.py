@@ -24,7 +24,7 @@ from zerodeploy_agent.statefile import CLIENT, States
 from zerodeploy.errors import ServiceError
 
 if TYPE_CHECKING:
-    from zerodeploy.services.run import Launcher
+    from zerodeploy.services.launch import Launcher
 
 __all__ = ["close", "listed", "open_tunnel"]
 

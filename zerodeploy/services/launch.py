@@ -19,7 +19,7 @@ from zerodeploy.services import command
 from zerodeploy.services.config import Config, load, of_mapping
 from zerodeploy.services.observer import Observer
 
-__all__ = ["Launcher", "run"]
+__all__ = ["Launcher", "dry_run", "run"]
 
 _HANDSHAKE_S = 5.0
 _SLICE_S = 2.0
@@ -65,6 +65,17 @@ def run(config: Mapping[str, Any] | str | os.PathLike[str] | Config, connection_
         raise ServiceError(str(error)) from error
     except OSError as error:
         raise ServiceError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+
+
+def dry_run(config: Mapping[str, Any] | str | os.PathLike[str]) -> str:
+    """The evaluated command as one line; contacts nobody. On another host the state file is named by ``~``. Raises `ConfigError`."""
+    made = of_mapping(config) if isinstance(config, Mapping) else load(config)
+    made.check()
+    try:
+        path = States("server").path(made.key) if made.ssh_hostname is None else f"~/.remote-http-launcher/server/{made.key}.json"
+    except StateError as error:
+        raise ServiceError(str(error)) from None
+    return command.shown_plainly(Launcher(made, Observer()).words(path))
 
 
 class Launcher:
