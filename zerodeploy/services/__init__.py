@@ -6,8 +6,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from zerodeploy.services.launch import run as run
 
-__all__ = ["run"]
-
 
 def __getattr__(name: str) -> object:
     if name != "run":

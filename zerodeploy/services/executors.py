@@ -1,4 +1,4 @@
-"""Where a service runs, and who does the work there: this process, the agent over one login, or the ``rhl-*`` commands of the host.
+"""Who does the work where a service runs: this process, the agent over one login, or the ``rhl-*`` commands of the host.
 
 All three take the same requests (`zerodeploy_agent.hosting.ACTIONS`) and give the same answers. A failing ssh is an error and
 never "there is no state".

@@ -30,7 +30,7 @@ _GIVE_UP_S = 24 * 3600.0
 _PORT_TRIES = 20
 
 
-class _Stop(Exception):
+class _Stop(BaseException):
     """The tunnel is over."""
 
 
