@@ -18,11 +18,14 @@ from zerodeploy.services.templates import parts
 
 __all__ = ["shown", "shown_plainly", "words"]
 
-_EMPTY = "\ue0ff"  # stands for an empty value, which is a word
 _SPACES = {" ": "\u2000", "\t": "\u2001", "\n": "\u2028", "\r": "\u2029"}  # whitespace for str.split and strip, not for shlex
-_MASKS = {**_SPACES, **{char: chr(0xE000 + ord(char)) for char in "\"'\\$`;|&<>()*?[]{}~#!=%^,"}}
+#: high surrogates, which no text has (surrogateescape uses the low ones), stand for the others, and for what stands for spaces
+_EMPTY = "\udbff"  # stands for an empty value, which is a word
+_SPACES_THEMSELVES = {char: chr(0xD900 + number) for number, char in enumerate(_SPACES.values())}
+_MASKS = {**_SPACES, **{char: chr(0xD800 + ord(char)) for char in "\"'\\$`;|&<>()*?[]{}~#!=%^,"}, **_SPACES_THEMSELVES}
 _UNMASKS = {ord(masked): char for char, masked in _MASKS.items()} | {ord(_EMPTY): ""}
 _MASK = {ord(char): masked for char, masked in _MASKS.items()}
+_KEPT = {ord(char): masked for char, masked in _SPACES_THEMSELVES.items()}
 #: commands that only a shell has
 _OF_SHELL = frozenset(
     (
@@ -80,10 +83,15 @@ def _masked(template: str, names: Mapping[str, Any], extra: Mapping[str, Any], p
         others = []
     if len(others) != len(pieces):
         others = [("", True)] * len(pieces)
-    return [
-        plain if not field else other if plain in (other, other.translate(_UNMASKS)) else _mask(plain)
-        for (plain, field), (other, _) in zip(pieces, others, strict=True)
-    ]
+    masked = []
+    for (plain, field), (other, _) in zip(pieces, others, strict=True):
+        if any("\ud800" <= char <= "\udbff" for char in plain):
+            raise TemplateError("command: it holds half of a surrogate pair, which is no character")
+        if not field or other == plain:  # the template's own
+            masked.append(plain.translate(_KEPT))
+        else:
+            masked.append(other if other.translate(_UNMASKS) == plain else _mask(plain))
+    return masked
 
 
 def _mask(value: Any) -> Any:

@@ -1,0 +1,107 @@
+"""An HTTP service that follows the status-file protocol, and breaks it where it is told to."""
+
+from __future__ import annotations
+
+import argparse
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+
+def main() -> None:
+    made = argparse.ArgumentParser()
+    made.add_argument("--port-range", nargs=2, type=int, default=(10000, 19999))
+    made.add_argument("--status-file", required=True)
+    made.add_argument("--host", default="localhost")
+    made.add_argument("--timeout")
+    made.add_argument("--delay", type=float, default=0.0, help="before it reports, with a line each 0.1 s unless --silent")
+    made.add_argument("--silent", action="store_true")
+    made.add_argument("--fail", action="store_true", help="report that it has failed")
+    made.add_argument("--die", type=int, help="end with this status before it reports")
+    made.add_argument("--crash-after", type=float, help="seconds after which it ends with 3")
+    made.add_argument("--only", action="store_true", help="write nothing but status and port")
+    made.add_argument("--torn", action="store_true", help="write the file in two pieces")
+    made.add_argument("--second-port", action="store_true")
+    made.add_argument("--status", type=int, default=200)
+    made.add_argument("--children", action="store_true", help="start one that ignores SIGTERM in a session of its own")
+    made.add_argument("--lines", type=int, help="then write that many numbered lines")
+    made.add_argument("--show", help="print this variable of the environment")
+    made.add_argument("workdir", nargs="*")
+    given = made.parse_args()
+    print("args", json.dumps(given.workdir), flush=True)
+    if given.show:
+        print(f"{given.show}={os.environ.get(given.show)}", flush=True)
+    until = time.monotonic() + given.delay
+    while time.monotonic() < until:
+        if not given.silent:
+            print("waiting", flush=True)
+        time.sleep(0.1)
+    if given.die is not None:
+        print("last words", flush=True)
+        sys.exit(given.die)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(given.status if self.path.startswith("/healthcheck") else 404)
+            self.end_headers()
+            self.wfile.write(str(os.getpid()).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in given.host else socket.AF_INET
+
+    def listening() -> http.server.HTTPServer:
+        for port in range(given.port_range[0], given.port_range[1] + 1):
+            try:
+                return Server((given.host, port), Handler)
+            except OSError:
+                continue
+        raise SystemExit("no port is free")
+
+    server = listening()
+    with open(given.status_file, encoding="utf-8") as file:
+        state = {} if given.only else json.load(file)
+    state["status"] = "failed" if given.fail else "running"
+    if not given.fail:
+        state["port"] = server.server_address[1]
+    if given.second_port:
+        other = listening()
+        import threading
+
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        state["admin_port"] = other.server_address[1]
+    if given.children:
+        code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('child', flush=True); time.sleep(1000)"
+        child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+        assert child.stdout and child.stdout.readline()
+        state["child"] = child.pid
+    text = json.dumps(state)
+    if given.torn:
+        with open(given.status_file, "w", encoding="utf-8") as file:
+            file.write(text[: len(text) // 2])
+            file.flush()
+            time.sleep(0.3)
+            file.write(text[len(text) // 2 :])
+    else:
+        with open(given.status_file + ".new", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(given.status_file + ".new", given.status_file)
+    if given.lines:
+        for number in range(given.lines):
+            print(f"line {number:08d}")
+        sys.stdout.flush()
+    if given.crash_after is not None:
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(3))
+        signal.setitimer(signal.ITIMER_REAL, given.crash_after)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
