@@ -210,9 +210,11 @@ class Launcher:
     def _unreachable(self, connection: Mapping[str, Any], said: str) -> str:
         where = f"{connection['hostname']} port {connection['port']}"
         advice = ""
-        if self.config.ssh_hostname is not None and not self.config.tunnel:
+        if self.config.tunnel:
+            advice = "; does its sshd allow forwarding (AllowTcpForwarding, or port-forwarding beside restrict in authorized_keys)?"
+        elif self.config.ssh_hostname is not None:
             advice = f"; it is bound to {self.config.network_interface}: set tunnel: true, or a network_interface that this machine reaches"
-        return f"the service {self.config.key!r} runs and answers on its host, but not to this machine at {where}: {said}{advice}. It is left running"
+        return f"the service {self.config.key!r} runs and answers on its host, but not to this machine at {where}: {said}{advice}{'' if advice.endswith('?') else '.'} It is left running"
 
     def words(self, status_file: str) -> list[str]:
         """The command for a host where the state file is *status_file*. Raises `TemplateError`."""

@@ -1,0 +1,408 @@
+"""Launching and reconnecting: once, over one login, with an error that shows the log, and nothing doubled or killed by mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from zerodeploy_agent import hosting, launching, statefile
+from zerodeploy_agent import services as engine
+from zerodeploy_agent.statefile import SERVER, States
+
+from tests.conftest import alive, client_process, wait_until
+from tests.services import EXAMPLE, a_place, an_sshd
+from zerodeploy import ConfigError, ServiceError, TemplateError
+from zerodeploy.services import run
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    with a_place(tmp_path, monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture(params=["local", "ssh"])
+def where(request, place):
+    """What of a description says where, and the base of the state files there."""
+    if request.param == "local":
+        yield {}, place.base
+        return
+    with an_sshd(place) as server:
+        yield {"hostname": "127.0.0.1", "ssh_hostname": server.alias}, server.home / ".remote-http-launcher"
+
+
+def get(connection: dict) -> int:
+    """The pid of the service that answers there."""
+    import urllib.request
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{connection['hostname']}:{connection['port']}/healthcheck", timeout=5) as answer:
+        return int(answer.read())
+
+
+def launcher(*argv: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from zerodeploy.services.launchercli import main; main()", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **more})
+
+
+# the specification's own example
+
+
+def test_the_example_here_and_on_a_host_with_nothing_installed(place):
+    path = place.root / "config.yaml"
+    path.write_text(EXAMPLE.format(workdir=place.root / "my-service-data", host=""))
+    done = launcher(str(path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    [key] = States(SERVER).names()
+    state = json.loads((place.base / "server" / f"{key}.json").read_text())
+    assert get(place.connection(key)) == state["pid"] and state["status"] == "running"
+    assert {"pid", "pid_start", "boot_id", "workdir", "log", "command", "uid", "network_interface", "port"} <= set(state)
+    assert os.stat(place.base / "server" / f"{key}.json").st_mode & 0o777 in (0o600, 0o644)  # the service has written it anew
+    with an_sshd(place) as server:
+        path.write_text(EXAMPLE.format(workdir=place.root / "there", host=f"hostname: 127.0.0.1\nssh_hostname: {server.alias}"))
+        done = launcher(str(path), "--log-level", "basic")
+        assert done.returncode == 0 and done.stdout == "" and "done: launched" in done.stderr and server.logins() == 1
+        again = launcher(str(path), "--log-level", "basic")
+        assert again.returncode == 0 and "done: reused-local" in again.stderr and server.logins() == 1
+        [key] = States(SERVER, str(server.home / ".remote-http-launcher")).names()
+        assert alive(get(place.connection(key))) and not list((server.home).glob(".zero*"))
+
+
+def test_the_import_name_and_the_result(place):
+    import remote_http_launcher
+
+    import zerodeploy.services
+
+    assert remote_http_launcher.run is zerodeploy.services.run is run
+    result = run(place.config(file_parameters={"a": 1}, meta={"service": "s", "queue": None}))
+    assert (
+        result["hostname"] == "127.0.0.1" and result["parameters"] == {"a": 1} and result["meta"] == {"service": "s", "queue": None}
+    )
+    assert run(place.config(file_parameters={"a": 1}, meta={"service": "s", "queue": None})) == result and "drift" not in result
+    with pytest.raises(remote_http_launcher.LauncherError):
+        run({"key": "k"})
+    row = next(engine.server_rows(True))
+    assert row["meta"] == {"service": "s", "queue": None} and row["status"] == "running" and row["live"] is True
+
+
+# once
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_twenty_launchers_get_one(where, place, apart):
+    """*apart*: each with a connection directory of its own, so that nothing on this side holds them back."""
+    config = place.config(words="--delay 0.3", **where[0])
+    (place.root / "c.json").write_text(json.dumps(config))
+    code = (
+        "import json, sys; from zerodeploy.services import run; "
+        "print(json.dumps(run(json.load(open(sys.argv[1])), sys.argv[2] or None), sort_keys=True))"
+    )
+    number = 8 if apart and where[0] else 20
+    dirs = [str(place.root / f"d{n}") if apart else "" for n in range(number)]
+    clients = [client_process(code, str(place.root / "c.json"), folder) for folder in dirs]
+    answers = [client.communicate(timeout=90) for client in clients]
+    assert len({out for out, _ in answers}) == 1 and all(client.returncode == 0 for client in clients), answers
+    assert (where[1] / "server" / "k.log").read_text().count("args ") == 1
+
+
+@pytest.mark.parametrize("helpers", [False, True])
+def test_a_failing_ssh_is_no_missing_state(place, helpers):
+    with an_sshd(place, helpers=helpers) as server:
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias)
+        pid = get(run(config))
+        (place.base / "client" / "k.json").unlink()
+        wrapper = place.bin / "ssh"
+        good = wrapper.read_text()
+        for broken in ('#!/bin/sh\necho lost >&2; exit 255\n', good.replace("exec", 'case "$*" in *ControlMaster=no*) echo lost >&2; exit 255;; esac; exec', 1),
+                       '#!/bin/sh\nkill -9 $$\n'):  # fmt: skip
+            wrapper.write_text(broken)
+            with pytest.raises(ServiceError) as caught:
+                run(config)
+            assert "testhost" in str(caught.value) and caught.value.__cause__ is not None, broken
+        wrapper.write_text(good)
+        assert alive(pid) and get(run(config)) == pid, "it is found again, neither doubled nor killed"
+        assert (server.home / ".remote-http-launcher" / "server" / "k.log").read_text().count("args ") == 1
+    with pytest.raises(ServiceError, match="does not resolve"):
+        run(place.config(hostname="127.0.0.1", ssh_hostname="nosuch.invalid"))
+
+
+def test_the_service_of_another_launch_directory_is_not_ours(place, monkeypatch):
+    """REMOTE_HTTP_LAUNCHER_DIR is this side's: the host has its own."""
+    monkeypatch.setenv("REMOTE_HTTP_LAUNCHER_DIR", str(place.root / "elsewhere"))
+    place.bases.add(place.root / "elsewhere")
+    with an_sshd(place, "AcceptEnv REMOTE_HTTP_LAUNCHER_DIR") as server:
+        run(place.config(hostname="127.0.0.1", ssh_hostname=server.alias))
+        assert States(SERVER, str(server.home / ".remote-http-launcher")).names() == ["k"]
+        assert (place.root / "elsewhere" / "client" / "k.json").exists() and not (place.root / "elsewhere" / "server").exists()
+
+
+# readiness
+
+
+def test_a_failure_shows_the_log_and_stays_readable(where, place):
+    with pytest.raises(ServiceError) as caught:
+        run(place.config(words="--die 3", **where[0]))
+    error = caught.value
+    assert "has ended before it was running" in str(error) and "last words" in str(error) and "last words" in error.log
+    states = States(SERVER, str(where[1]))
+    state = states.read("k")
+    assert (
+        state is not None
+        and state["status"] == "failed" == error.state["status"]
+        and "last words" in (where[1] / "server" / "k.log").read_text()
+    )
+    assert not (place.base / "client" / "k.json").exists()
+    assert alive(get(run(place.config(**where[0])))), "and the next launch is a new one"
+
+
+def test_a_service_that_says_that_it_failed(where, place):
+    with pytest.raises(ServiceError, match="says that it has failed"):
+        run(place.config(words="--fail", **where[0]))
+    assert States(SERVER, str(where[1])).read("k")["status"] == "failed"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("words", ["--only", "--torn", "--host ::1"])
+def test_services_with_ways_of_their_own(where, place, words):
+    config = place.config(words=words, **where[0])
+    if "::1" in words:
+        config["network_interface"] = "::1"
+        if where[0]:
+            config["hostname"] = "::1"
+    result = run(config)
+    state = States(SERVER, str(where[1])).read("k")
+    assert state is not None and statefile.lives(state) and state["status"] == "running" and result["port"] == state["port"]
+
+
+def test_a_slow_start_is_no_failure(where, place):
+    """Longer than start_timeout, but it does something meanwhile."""
+    assert alive(get(run(place.config(words="--delay 2", start_timeout=0.7, **where[0]))))
+
+
+def test_a_silent_start_is_left_alone(where, place):
+    config = place.config(words="--delay 3 --silent", start_timeout=0.5, **where[0])
+    with pytest.raises(ServiceError, match="is not ready after") as caught:
+        run(config)
+    pid = caught.value.state["pid"]
+    assert alive(pid) and States(SERVER, str(where[1])).read("k")["status"] == "starting"  # type: ignore[index]
+    assert get(run({**config, "start_timeout": 30})) == pid, "waited for by the next"
+
+
+def test_a_handshake_that_fails_is_told_and_nothing_is_killed(where, place):
+    config = place.config(words="--status 500", start_timeout=1, **where[0])
+    with pytest.raises(ServiceError, match="HTTP 500"):
+        run(config)
+    pid = States(SERVER, str(where[1])).read("k")["pid"]  # type: ignore[index]
+    with pytest.raises(ServiceError, match="HTTP 500"):
+        run(config)
+    assert alive(pid) and States(SERVER, str(where[1])).read("k")["pid"] == pid  # type: ignore[index]
+
+
+def test_clocks_do_not_matter(place, monkeypatch):
+    """The far side's clock is years behind, and what it says is never compared with ours."""
+    real = time.time
+    monkeypatch.setattr(launching.time, "time", lambda: real() - 1e8)
+    assert alive(get(run(place.config())))
+
+
+def test_proxies_of_the_environment_are_ignored(place, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1/")
+    monkeypatch.setenv("no_proxy", "")
+    assert alive(get(run(place.config())))
+
+
+def test_bound_where_this_machine_does_not_reach_it(place):
+    """It answers on its host, so it is left running; the way out is named."""
+    with an_sshd(place) as server:
+        config = place.config(hostname="192.0.2.1", ssh_hostname=server.alias)
+        with pytest.raises(ServiceError, match="set tunnel: true"):
+            run(config)
+        assert alive(States(SERVER, str(server.home / ".remote-http-launcher")).read("k")["pid"])  # type: ignore[index]
+
+
+# what is wrong
+
+
+def test_mistakes_contact_nobody(place):
+    with pytest.raises(ConfigError, match="workdir"):
+        run({**place.config(), "workdir": 3})
+    with pytest.raises(TemplateError, match="character"):
+        run({**place.config(hostname="nosuch.invalid"), "command": "x {nothing}"})
+    with pytest.raises(ServiceError, match="there is no program 'nosuch'"):
+        run({**place.config(), "command": "nosuch"})
+    assert not (place.base / "server").exists() or not States(SERVER).names()
+
+
+def test_the_command_line(place):
+    path = place.root / "c.yaml"
+    path.write_text(json.dumps(place.config(hostname="nosuch.invalid")))
+    done = launcher(str(path), "--dry-run")
+    wanted = f"myservice --port-range 20000 29999 --status-file ~/.remote-http-launcher/server/k.json --host 127.0.0.1 {place.root}/data\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, wanted, "")
+    assert launcher().returncode == 2 and launcher(str(path), "--log-level", "loud").returncode == 2
+    done = launcher(str(path))
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr and "nosuch.invalid" in done.stderr
+    path.write_text("key: a\nworkdir: /tmp\ncommand: 3\n")
+    done = launcher(str(path))
+    assert done.returncode == 1 and "line 3: command" in done.stderr
+    path.write_text(json.dumps(place.config(env={"SECRET": "xyzzy"}, words="--show SECRET")))
+    logs = [str(place.root / name) for name in ("basic.log", "debug.log")]
+    done = launcher(str(path), "--connection-dir", str(place.root / "conn"), "--log-file", logs[0], "--debug-log-file", logs[1])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and (place.root / "conn" / "k.json").exists()
+    steps, everything = (Path(name).read_text() for name in logs)
+    assert "local_check: missing" in steps and "command[" not in steps
+    assert "command[LocalExecutor]: rhl-inspect k" in everything and "rhl-launch-service --key k" in everything
+    assert "SECRET=xyzzy" in (place.base / "server" / "k.log").read_text()
+    kept = "".join(p.read_text() for p in [*place.root.rglob("*.json"), *map(Path, logs)] if p.name != "c.yaml")
+    assert "xyzzy" not in kept
+    pid = States(SERVER).read("k")["pid"]  # type: ignore[index]
+    assert b"xyzzy" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_a_launcher_that_is_killed_leaves_no_half_started_service(place):
+    """At whatever moment: then there is no service, or one that the next launch finds."""
+    config = json.dumps(place.config(words="--delay 0.2"))
+    for delay in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
+        client = client_process("import json, sys; from zerodeploy.services import run; run(json.loads(sys.argv[1]))", config)
+        time.sleep(delay)  # the moment is the test's input
+        client.kill()
+        client.wait()
+        pid = get(run(json.loads(config)))
+        assert (place.base / "server" / "k.log").read_text().count("args ") == 1
+        engine.stop("k", grace=0.2)
+        wait_until(lambda: not alive(pid), 5, "it ends")
+
+
+# what goes beyond
+
+
+def test_drift_is_told(where, place, capfd):
+    run(place.config(**where[0]))
+    changed = place.config(words="--timeout 5", **where[0])
+    assert run(changed)["drift"] == ["command"]
+    assert "running with an older config: command differs" in capfd.readouterr().err
+    (place.base / "client" / "k.json").unlink()
+    assert run(changed)["drift"] == ["command"] == run(changed)["drift"], "from the host's state, and again from this side's"
+    assert "drift" not in run(place.config(**where[0]))
+
+
+def test_restart_with_back_off(where, place):
+    config = place.config(words="--crash-after 0.2", restart={"policy": "on-failure", "delay": 0.1, "most": 2}, **where[0])
+    first = get(run(config))
+    states = States(SERVER, str(where[1]))
+    wait_until(lambda: (states.read("k") or {}).get("status") == "failed", 20, lambda: f"given up: {states.read('k')}")
+    state = states.read("k")
+    assert (
+        state is not None
+        and state["restarts"] == 2
+        and state["ended"] == "exit status 3"
+        and "3 times in a row" in state["reason"]
+        and state["pid"] != first
+    )
+    log = (where[1] / "server" / "k.log").read_text()
+    assert log.count("args ") == 3 and "started again in 0.1 s (1 of 2)" in log and "started again in 0.2 s (2 of 2)" in log
+    wait_until(lambda: not alive(state["supervisor"]["pid"]), 5, "nobody watches it any more")
+
+
+def test_stop_ends_a_service_that_would_be_restarted(where, place):
+    run(place.config(words="--children", restart="always", **where[0]))
+    states = States(SERVER, str(where[1]))
+    state = states.read("k")
+    assert state is not None
+    assert engine.stop("k", str(where[1]), grace=1) == "stopped"
+    assert not any(alive(pid) for pid in (state["pid"], state["supervisor"]["pid"], state["child"]))
+    assert statefile.status_of(states.read("k") or {}) == "stale"
+
+
+def test_while_a_restart_is_due_nobody_launches_another(place):
+    config = place.config(words="--crash-after 0.1", restart={"policy": "always", "delay": 30})
+    run(config)
+    states = States(SERVER)
+    wait_until(lambda: "restart_at" in (states.read("k") or {}), 10, "it has crashed")
+    assert statefile.status_of(states.read("k") or {}) == "starting"
+    with pytest.raises(ServiceError, match="not ready"):
+        run({**config, "start_timeout": 0.3})
+    assert (place.base / "server" / "k.log").read_text().count("args ") == 1
+    assert engine.stop("k", grace=0.5) == "stopped"
+
+
+def test_no_line_is_lost_when_logs_are_rotated(where, place):
+    run(place.config(words="--lines 100000", log={"max_bytes": 200_000, "keep": 100}, **where[0]))
+    folder = where[1] / "server"
+
+    def lines() -> list[str]:
+        files = sorted(folder.glob("k.log.*"), key=lambda path: -int(path.suffix[1:]))
+        return "".join(path.read_text() for path in [*files, folder / "k.log"]).splitlines()
+
+    wait_until(lambda: lines()[-1:] == ["line 00099999"], 20, lambda: str(lines()[-1:]))
+    assert [line for line in lines() if line.startswith("line ")] == [f"line {number:08d}" for number in range(100_000)]
+    assert all(path.stat().st_size <= 200_000 for path in folder.glob("k.log*"))
+
+
+def test_limits_are_enforced_or_refused(place):
+    run(place.config(limits={"open_files": 64}))
+    pid = States(SERVER).read("k")["pid"]  # type: ignore[index]
+    assert "Max open files            64" in Path(f"/proc/{pid}/limits").read_text()
+    with pytest.raises(ServiceError, match="the limit open_files can't be"):
+        run(place.config(key="l", limits={"open_files": 1 << 40}))
+    assert States(SERVER).names() == ["k"]
+
+
+def test_lingering_is_explained(tmp_path):
+    for folder in ("run/systemd/system", "etc/systemd", "proc/self", "var/lib/systemd/linger"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/user.slice/user-1.slice/session-3.scope\n")
+    conf = tmp_path / "etc/systemd/logind.conf"
+    conf.write_text("[Login]\n#KillUserProcesses=no\n")
+    assert hosting.lingering({"USER": "ann"}, str(tmp_path)) == ""
+    conf.write_text("[Login]\nKillUserProcesses=yes\n")
+    assert "loginctl enable-linger ann" in hosting.lingering({"USER": "ann"}, str(tmp_path))
+    (tmp_path / "var/lib/systemd/linger/ann").write_text("")
+    assert hosting.lingering({"USER": "ann"}, str(tmp_path)) == ""
+
+
+# where the helpers are installed, and behind the guard
+
+
+def test_helpers_of_the_host_are_used(place):
+    with an_sshd(place, helpers=True) as server:
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias, env={"SECRET": "xyzzy"}, words="--show SECRET")
+        log = place.root / "debug"
+        result = run(config, debug_log_file=str(log))
+        text = log.read_text()
+        assert (
+            "the rhl-* helpers are installed" in text
+            and "command[SSHExecutor[testhost]]: rhl-launch-service" in text
+            and server.logins() == 1
+        )
+        assert run(config) == result and server.logins() == 1 and "xyzzy" not in text
+        base = server.home / ".remote-http-launcher"
+        assert "SECRET=xyzzy" in (base / "server" / "k.log").read_text()
+        with pytest.raises(ServiceError, match="last words"):
+            run(place.config(key="l", words="--die 1", hostname="127.0.0.1", ssh_hostname=server.alias))
+        (place.base / "client" / "k.json").unlink()
+        assert run(config)["port"] == result["port"], "found again"
+
+
+def test_a_guarded_host(place):
+    with an_sshd(place, guard="--permissive-paths") as server:
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias)
+        with pytest.raises(ServiceError, match="not whitelisted: 'myservice'"):
+            run(config)
+        allowed = {**config, "command": config["command"].replace("myservice", "hashserver"), "key": "h"}
+        before = server.logins()
+        result = run(allowed)
+        assert server.logins() == before + 1 and run(allowed) == result and server.logins() == before + 1
+        pid = get(result)
+        assert b"RHL_GUARDED" not in Path(f"/proc/{pid}/environ").read_bytes()
+        with pytest.raises(ServiceError, match="the environment is the host's"):
+            run({**allowed, "key": "i", "env": {"LD_PRELOAD": "/x"}})
+        (server.home / ".remote-http-launcher" / "tools.yaml").write_text("myservice: {}\n")
+        assert alive(get(run(config)))
+        with pytest.raises(ServiceError, match="not whitelisted"):
+            run({**allowed, "key": "j"})
