@@ -24,6 +24,7 @@ from typing import Any
 
 from tests.bench.jobs import jobs
 from tests.bench.payloads import payloads
+from tests.bench.services import services
 from zerodeploy import DeployedServer, MultiServerDeployment
 from zerodeploy.deployment.hosts import HostSpec
 from zerodeploy.link.openssh import OpenSSHLink
@@ -401,7 +402,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("bench-results/bench.jsonl"))
-    parser.add_argument("--only", choices=["first", "far", "latency", "bulk", "bytes", "cluster", "payloads", "jobs"])
+    parser.add_argument("--only", choices=["first", "far", "latency", "bulk", "bytes", "cluster", "payloads", "jobs", "services"])
     options = parser.parse_args()
     options.out.parent.mkdir(exist_ok=True)
     with SshServer() as server:
@@ -425,6 +426,8 @@ def main() -> None:
             payloads(near, max(5, options.rounds // 2))
         if options.only in (None, "jobs"):
             jobs(near.record, max(3, options.rounds // 5))
+        if options.only in (None, "services"):
+            services(near.record, max(5, options.rounds // 3))
         if options.only in (None, "far"):
             with DelayProxy(server.port, rtt_s=0.1) as proxy:
                 far = Bench(server, server.write_config(server.root / "config-far", proxy.port), options.out)
