@@ -309,6 +309,16 @@ def test_restart_with_back_off(where, place):
     wait_until(lambda: not alive(state["supervisor"]["pid"]), 5, "nobody watches it any more")
 
 
+def test_a_service_that_always_crashes_at_its_start_is_told_soon(where, place):
+    config = place.config(words="--die 3", restart={"policy": "always", "delay": 0.05, "most": 50}, **where[0])
+    with pytest.raises(
+        ServiceError, match="(?s)has ended [3-9] times before it was running, at last with exit status 3.*last words"
+    ) as caught:
+        run(config)
+    assert caught.value.state["status"] == "starting"
+    assert engine.stop("k", str(where[1]), grace=0.5) == "stopped"
+
+
 def test_stop_ends_a_service_that_would_be_restarted(where, place):
     run(place.config(words="--children", restart="always", **where[0]))
     states = States(SERVER, str(where[1]))

@@ -11,7 +11,7 @@ import time
 from . import conda, launching, services, statefile
 from .conda import CondaError
 from .services import ServiceFault
-from .statefile import FAILED, RUNNING, SERVER, STALE, STARTING, StateError, States, lives
+from .statefile import FAILED, RUNNING, SERVER, STALE, STARTING, StateError, States, in_care, lives
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ READY = "ready"
 _TAIL_LINES = 30
 _TAIL_BYTES = 8192
 _PROBE_S = 5.0
+_CRASHES = 3  # in a row, of a service that has a restart policy: its launcher waits no longer
 _IDENTITY = ("workdir", "log", "command", "uid", "pid", "pid_start", "boot_id", "network_interface", "launched_at", "supervisor")
 
 
@@ -93,13 +94,18 @@ def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optio
         state = _mended(states, key, known)
     if state.get("status") == FAILED:
         return FAILED, state, str(state.get("reason") or state.get("error") or "it says that it has failed")
-    if not lives(state):
+    if not in_care(state):
         again = states.read(key)  # it may have been started again in between
         if again != state:
             return "", state, "its state is changing"
         if state.get("status") == STARTING:
             return FAILED, _failed(states, key, state), "it has ended before it was running"
         return STALE, state, "it has ended"
+    if not lives(state):
+        return "", state, "it has just ended"
+    if state.get("status") == STARTING and "restart_at" in state and int(state.get("restarts") or 0) >= _CRASHES:
+        return FAILED, state, ("it has ended %s times before it was running, at last with %s; it is tried again until somebody stops it, or "
+                               "its restarts are used up" % (state["restarts"], state.get("ended")))  # fmt: skip
     if state.get("status") != RUNNING:
         return "", state, "it is starting"
     said = probe(state, handshake)

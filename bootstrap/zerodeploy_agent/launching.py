@@ -11,7 +11,7 @@ from . import conda, fresh
 from .limits import CONTROLLERS, Enforced, LimitError
 from .procfs import boot_id, start_of
 from .services import ServiceFault, end_tree
-from .statefile import RUNNING, SERVER, STARTING, States, lives
+from .statefile import RUNNING, SERVER, STARTING, States, in_care
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "
     lock = wanted.states.lock(key, _LOCK_S)
     try:
         state = wanted.states.read(key)
-        if state is not None and state.get("status") in (STARTING, RUNNING) and lives(state):
+        if state is not None and state.get("status") in (STARTING, RUNNING) and in_care(state):
             return dict(state, launched=False)
         wanted.ready()
         if not wanted.watched:

@@ -12,7 +12,7 @@ import stat
 import time
 
 from .procfs import has_ended, pidfd_open, pids, runs, stat_of
-from .statefile import MALFORMED, SERVER, StateError, States, lives, status_of
+from .statefile import MALFORMED, SERVER, StateError, States, in_care, lives, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[st
         if wrong:
             yield {"key": key, "status": MALFORMED, "port": None, "pid": None, "workdir": None, "log": None, "error": wrong}
             continue
-        live = lives(state) if probed else None
+        live = in_care(state) if probed else None
         status = state.get("status")
         yield dict(
             state,

@@ -166,9 +166,9 @@ class States:
 
 
 def status_of(state: "Mapping[str, Any]", live: "Optional[bool]" = None) -> str:
-    """The status that the file has, or ``stale`` where that can't be true any more. *live*: of `lives`, if that was asked."""
+    """The status that the file has, or ``stale`` where that can't be true any more. *live*: of `in_care`, if that was asked."""
     status = state.get("status")
-    if status in (STARTING, RUNNING) and not (lives(state) if live is None else live):
+    if status in (STARTING, RUNNING) and not (in_care(state) if live is None else live):
         return STALE
     return status if isinstance(status, str) else MALFORMED
 
@@ -196,3 +196,11 @@ def lives(state: "Mapping[str, Any]") -> bool:
         return False
     known = state.get("pid_start")
     return known is None or (known == start_of(pid) and state.get("boot_id") == boot_id())
+
+
+def in_care(state: "Mapping[str, Any]") -> bool:
+    """Whether the process runs, or has just ended and the one that watches it is about to see to that."""
+    if lives(state):
+        return True
+    supervisor = state.get("supervisor")
+    return isinstance(supervisor, dict) and "ended" not in state and lives(supervisor)

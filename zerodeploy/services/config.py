@@ -20,7 +20,7 @@ from zerodeploy_agent import statefile
 from zerodeploy.errors import ConfigError, TemplateError
 from zerodeploy.services.templates import evaluate
 
-__all__ = ["Config", "load", "of_mapping", "schema"]
+__all__ = ["Config", "digest_of", "load", "of_mapping", "schema"]
 
 _MOST_BYTES = 1 << 20
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -102,8 +102,7 @@ class Config:
         """Of the whole description, to know it again."""
         import zerodeploy
 
-        text = json.dumps([zerodeploy.__version__, dict(self.data)], sort_keys=True, default=repr)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return digest_of([zerodeploy.__version__, dict(self.data)])
 
     def check(self) -> None:
         """Raises `ConfigError` for what the schema does not allow, or what can't be written into a state file."""
@@ -128,6 +127,12 @@ class Config:
         """*error* of the field's template, with the file and the line."""
         assert isinstance(error, TemplateError)
         return _placed(error, self.source, self._lines, (name,))
+
+
+def digest_of(value: object) -> str:
+    """Of plain data: tells whether it is the same without keeping it, which may be a secret."""
+    text = json.dumps(value, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _shown(value: object) -> str:

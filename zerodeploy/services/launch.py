@@ -16,7 +16,7 @@ from zerodeploy_agent.statefile import CLIENT, StateError, States
 
 from zerodeploy.errors import ConfigError, ServiceError, ZeroDeployError
 from zerodeploy.services import command
-from zerodeploy.services.config import Config, load, of_mapping
+from zerodeploy.services.config import Config, digest_of, load, of_mapping
 from zerodeploy.services.observer import Observer
 
 __all__ = ["Launcher", "dry_run", "run"]
@@ -226,15 +226,12 @@ class Launcher:
 
     def launched_with(self) -> dict[str, Any]:
         """What a later launcher compares its own description with."""
-        import hashlib
-        import json
-
-        settings = json.dumps(self.config.settings, sort_keys=True)
+        settings = self.config.settings
         return {
             "digest": self.config.digest(), "host": self.config.ssh_hostname, "command": command.shown(self.words("{status_file}")),
             "workdir": self.config.workdir, "network_interface": self.config.network_interface, "conda": self.config.data.get("conda"),
             "file_parameters": self.config.data.get("file_parameters"),
-            "settings": hashlib.sha256(settings.encode()).hexdigest() if self.config.settings else "",
+            **{name: digest_of(settings[name]) if name in settings else "" for name in ("env", "limits", "restart", "log")},
         }  # fmt: skip
 
     def bring_up(self, executor: Any) -> dict[str, Any]:
