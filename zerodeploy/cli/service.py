@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zerodeploy.cli.common import EXIT, Context, errors_told, options_of, say_json, ssh_words, write_all
+from zerodeploy.cli.common import EXIT, Context, HostCommand, errors_told, options_of, say_json, ssh_words, write_all
 from zerodeploy.errors import ServiceError, UsageError, ZeroDeployError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _known_keys() -> set[str]:
     return {*States(CLIENT).names(), *States(SERVER).names()}
 
 
-@service.command()
+@service.command(cls=HostCommand)
 @click.argument("words", nargs=-1, required=True, metavar="[HOST] CONFIG")
 @_host_options
 @click.option("--connection-dir", metavar="DIR", help="Where connection files are.")
@@ -142,7 +142,7 @@ def _bare(host: str) -> str:
     return parse_target(host).host
 
 
-@service.command()
+@service.command(cls=HostCommand)
 @click.argument("hosts", nargs=-1)
 @_host_options
 @click.option("--client", is_flag=True, help="The connections of this side, not services.")
@@ -228,7 +228,7 @@ def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
 _KEY = click.argument("words", nargs=-1, required=True, metavar="[HOST] KEY")
 
 
-@service.command()
+@service.command(cls=HostCommand)
 @_KEY
 @_host_options
 @options_of
@@ -246,7 +246,7 @@ def stop(settings: Context, /, words: tuple[str, ...], **options: Any) -> None:
                     click.echo(f"{key}: {said}")
 
 
-@service.command()
+@service.command(cls=HostCommand)
 @_KEY
 @_host_options
 @click.option("--client", is_flag=True, help="Only the connection file of this side.")
@@ -280,7 +280,7 @@ def rm(settings: Context, /, words: tuple[str, ...], client: bool, server: bool,
                 click.echo("\n".join(f"removed {path}" for path in paths) or f"{key}: not found")
 
 
-@service.command()
+@service.command(cls=HostCommand)
 @_KEY
 @_host_options
 @options_of
@@ -308,7 +308,7 @@ def _one(found: tuple[str | None, list[str]]) -> tuple[str | None, list[str]]:
     return found
 
 
-@service.command()
+@service.command(cls=HostCommand)
 @_KEY
 @_host_options
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines.")
@@ -332,7 +332,7 @@ def logs(settings: Context, /, words: tuple[str, ...], tail: int | None, follow:
                     piece = executor.ask("log_piece", key=key, offset=0)
 
 
-@service.command()
+@service.command(cls=HostCommand)
 @click.argument("words", nargs=-1, required=True, metavar="[HOST] PATH")
 @_host_options
 @options_of
