@@ -94,9 +94,12 @@ def a_place(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 
 
 @contextlib.contextmanager
-def an_sshd(place: Place, *options: str, helpers: bool = False, guard: str = "", **environment: str) -> Iterator[SshServer]:
-    """An sshd whose sessions find ``myservice``; *helpers*: and the rhl-* commands; *guard*: behind rhl-guard with these options."""
-    path = f"{place.bin}-there:{Path(sys.executable).parent if helpers or guard else '/usr/bin'}:/usr/bin:/bin"
+def an_sshd(
+    place: Place, *options: str, helpers: bool = False, guard: str = "", python: str = "", **environment: str
+) -> Iterator[SshServer]:
+    """An sshd whose sessions find ``myservice``; *helpers*: and the rhl-* commands; *guard*: behind rhl-guard with these options;
+    *python*: the directory of their python3."""
+    path = f"{python}{os.pathsep if python else ''}{place.bin}-there:{Path(sys.executable).parent if helpers or guard else '/usr/bin'}:/usr/bin:/bin"
     there = Path(f"{place.bin}-there")
     there.mkdir(exist_ok=True)
     for name in ("myservice", "hashserver"):

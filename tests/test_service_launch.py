@@ -14,7 +14,7 @@ from zerodeploy_agent import hosting, launching, statefile
 from zerodeploy_agent import services as engine
 from zerodeploy_agent.statefile import SERVER, States
 
-from tests.conftest import alive, client_process, wait_until
+from tests.conftest import PYTHONS, alive, client_process, wait_until
 from tests.services import EXAMPLE, a_place, an_sshd
 from zerodeploy import ConfigError, ServiceError, TemplateError
 from zerodeploy.services import run
@@ -374,6 +374,34 @@ def test_lingering_is_explained(tmp_path):
     assert "loginctl enable-linger ann" in hosting.lingering({"USER": "ann"}, str(tmp_path))
     (tmp_path / "var/lib/systemd/linger/ann").write_text("")
     assert hosting.lingering({"USER": "ann"}, str(tmp_path)) == ""
+
+
+@pytest.mark.parametrize("version", [version for version in PYTHONS if tuple(map(int, version.split("."))) >= (3, 8)])
+def test_every_python_of_a_host(place, version):
+    """Both the calls and the process that watches run on it."""
+    with an_sshd(place, python=str(Path(PYTHONS[version]).parent)) as server:
+        config = place.config(
+            words="--crash-after 0.2 --second-port", hostname="127.0.0.1", ssh_hostname=server.alias, log={"max_bytes": 10000},
+            restart={"policy": "on-failure", "delay": 0.1, "most": 1}, limits={"open_files": 100},
+        )  # fmt: skip
+        first = run(config)
+        assert first["admin_port"] != first["port"]
+        states = States(SERVER, str(server.home / ".remote-http-launcher"))
+        state = states.read("k")
+        assert state is not None
+        executable = os.path.realpath(f"/proc/{state['supervisor']['pid']}/exe")
+        assert f"/versions/{version}." in executable, executable
+        wait_until(lambda: (states.read("k") or {}).get("status") == "failed", 20, lambda: f"given up: {states.read('k')}")
+        with pytest.raises(ServiceError, match="last words"):
+            run({**config, **place.config(words="--die 1", hostname="127.0.0.1", ssh_hostname=server.alias)})
+
+
+@pytest.mark.parametrize("helpers", [False, True])
+@pytest.mark.parametrize("tunnel", [False, True])
+def test_a_host_with_one_session_at_a_time(place, helpers, tunnel):
+    with an_sshd(place, "MaxSessions 1", helpers=helpers) as server:
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=tunnel)
+        assert alive(get(run(config))) and server.logins() == 1
 
 
 # where the helpers are installed, and behind the guard

@@ -51,6 +51,7 @@ class SshLogin:
         self.host = link.label
         self.has_program = False
         self.guarded = ""  # what the host said instead of running a command
+        self.has_shell = True  # that `watch` can be asked of
         self._link = link
         self._mark = os.urandom(8).hex()
         self._buffer = self._stderr = b""
@@ -97,7 +98,7 @@ class SshLogin:
         self._read_stderr()
         said = tail(self._stderr.decode("utf-8", "replace"), 6)
         if "rhl-guard" in said:
-            self.guarded = said
+            self.guarded, self.has_shell = said, False
             return
         if time.monotonic() > until:
             raise HostUnreachable(
@@ -129,6 +130,16 @@ class SshLogin:
         except OSError as error:
             raise LinkLost(f"the ssh connection is gone: {error}", host=self.host) from None
 
+    def make_room(self, stderr: str) -> bool:
+        """Whether *stderr*, of what was refused, says that there are too many sessions, and ours was given up for it (MaxSessions)."""
+        if not self.has_shell or "open refused by peer" not in stderr:
+            return False
+        self.has_shell = False
+        self.running.close_stdin()
+        while self.read_line(_ANSWER_S) is not None:
+            pass
+        return True
+
     def _read_stderr(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
             while data := os.read(self.running.stderr, 1 << 16):
@@ -157,6 +168,8 @@ class SshLogin:
             )
         except subprocess.TimeoutExpired:
             raise LinkLost(f"no answer to {words[0]} within {timeout_s:g} s", host=self.host) from None
+        if done.returncode == 255 and self.make_room(done.stderr.decode("utf-8", "replace")):
+            return self.run(words, before=before, input=input, timeout_s=timeout_s)
         if done.returncode == 255 or done.returncode < 0:
             said = tail(done.stderr.decode("utf-8", "replace"), 4)
             raise LinkLost(

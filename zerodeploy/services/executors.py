@@ -16,7 +16,7 @@ from typing import Any
 from zerodeploy_agent import conda, hosting
 
 from zerodeploy.control.parts import install
-from zerodeploy.errors import RemoteCallError, ServiceError, ZeroDeployError
+from zerodeploy.errors import BootstrapError, RemoteCallError, ServiceError, ZeroDeployError
 from zerodeploy.link.openssh import OpenSSHLink
 from zerodeploy.link.sshlogin import SshLogin
 from zerodeploy.payload.agent import services_part
@@ -333,8 +333,16 @@ def executor_over(login: SshLogin, host: str, observer: Observer, *, keep_login:
     observer.detail(f"{host}: no rhl-* helpers there; the agent does the work")
     from zerodeploy.deployment.server import DeployedServer
 
+    def deployed() -> DeployedServer:
+        return DeployedServer(login.link(), transport="stdio", connect_timeout=connect_timeout_s, python_executable=python)
+
     try:
-        server = DeployedServer(login.link(), transport="stdio", connect_timeout=connect_timeout_s, python_executable=python)
+        try:
+            server = deployed()
+        except BootstrapError as error:
+            if not login.make_room(error.stderr):
+                raise
+            server = deployed()
         return AgentExecutor(observer, server, host, None if keep_login else login)
     except BaseException:
         if not keep_login:

@@ -142,7 +142,7 @@ class Keeper:
     def _watch(self) -> None:
         """Returns when the service may have another process or another port. Raises `_Stop` at its end, `ZeroDeployError` without a link."""
         pid, start = self.bound.get("pid"), self.bound.get("pid_start")
-        if self.login.guarded or not isinstance(pid, int) or not str(start).isdigit():
+        if not self.login.has_shell or not isinstance(pid, int) or not str(start).isdigit():
             until = time.monotonic() + _POLL_S
             while time.monotonic() < until and not self.login.closed:
                 time.sleep(0.2)
