@@ -6,7 +6,6 @@ import argparse
 import http.server
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +22,6 @@ def main() -> None:
     made.add_argument("--silent", action="store_true")
     made.add_argument("--fail", action="store_true", help="report that it has failed")
     made.add_argument("--die", type=int, help="end with this status before it reports")
-    made.add_argument("--crash-after", type=float, help="seconds after which it ends with 3")
     made.add_argument("--only", action="store_true", help="write nothing but status and port")
     made.add_argument("--torn", action="store_true", help="write the file in two pieces")
     made.add_argument("--second-port", action="store_true")
@@ -97,9 +95,6 @@ def main() -> None:
         for number in range(given.lines):
             print(f"line {number:08d}")
         sys.stdout.flush()
-    if given.crash_after is not None:
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(3))
-        signal.setitimer(signal.ITIMER_REAL, given.crash_after)
     server.serve_forever()
 
 

@@ -45,6 +45,14 @@ def get(connection: dict) -> int:
         return int(answer.read())
 
 
+def crash(states: States, before: int = 0) -> int:
+    """Kill the service once it runs as another process than *before*; its pid."""
+    wait_until(lambda: (states.read("k") or {}).get("status") == "running" and states.read("k")["pid"] != before, 20, "it runs")  # type: ignore[index]
+    pid: int = states.read("k")["pid"]  # type: ignore[index]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
 def launcher(*argv: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from zerodeploy.services.launchercli import main; main()", *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **more})
@@ -127,8 +135,8 @@ def test_a_failing_ssh_is_no_missing_state(place, helpers):
         wrapper.write_text(good)
         assert alive(pid) and get(run(config)) == pid, "it is found again, neither doubled nor killed"
         assert (server.home / ".remote-http-launcher" / "server" / "k.log").read_text().count("args ") == 1
-    with pytest.raises(ServiceError, match="does not resolve"):
-        run(place.config(hostname="127.0.0.1", ssh_hostname="nosuch.invalid"))
+        with pytest.raises(ServiceError, match="does not resolve"):
+            run(place.config(hostname="127.0.0.1", ssh_hostname="nosuch.invalid"))
 
 
 def test_the_service_of_another_launch_directory_is_not_ours(place, monkeypatch):
@@ -292,18 +300,14 @@ def test_drift_is_told(where, place, capfd):
 
 
 def test_restart_with_back_off(where, place):
-    config = place.config(words="--crash-after 0.2", restart={"policy": "on-failure", "delay": 0.1, "most": 2}, **where[0])
-    first = get(run(config))
+    run(place.config(restart={"policy": "on-failure", "delay": 0.1, "most": 2}, **where[0]))
     states = States(SERVER, str(where[1]))
+    pid = 0
+    for _ in range(3):
+        pid = crash(states, pid)
     wait_until(lambda: (states.read("k") or {}).get("status") == "failed", 20, lambda: f"given up: {states.read('k')}")
     state = states.read("k")
-    assert (
-        state is not None
-        and state["restarts"] == 2
-        and state["ended"] == "exit status 3"
-        and "3 times in a row" in state["reason"]
-        and state["pid"] != first
-    )
+    assert state is not None and state["restarts"] == 2 and state["ended"] == "signal 9" and "3 times in a row" in state["reason"]
     log = (where[1] / "server" / "k.log").read_text()
     assert log.count("args ") == 3 and "started again in 0.1 s (1 of 2)" in log and "started again in 0.2 s (2 of 2)" in log
     wait_until(lambda: not alive(state["supervisor"]["pid"]), 5, "nobody watches it any more")
@@ -330,9 +334,10 @@ def test_stop_ends_a_service_that_would_be_restarted(where, place):
 
 
 def test_while_a_restart_is_due_nobody_launches_another(place):
-    config = place.config(words="--crash-after 0.1", restart={"policy": "always", "delay": 30})
+    config = place.config(restart={"policy": "always", "delay": 30})
     run(config)
     states = States(SERVER)
+    crash(states)
     wait_until(lambda: "restart_at" in (states.read("k") or {}), 10, "it has crashed")
     assert statefile.status_of(states.read("k") or {}) == "starting"
     with pytest.raises(ServiceError, match="not ready"):
@@ -381,7 +386,7 @@ def test_every_python_of_a_host(place, version):
     """Both the calls and the process that watches run on it."""
     with an_sshd(place, python=str(Path(PYTHONS[version]).parent)) as server:
         config = place.config(
-            words="--crash-after 0.2 --second-port", hostname="127.0.0.1", ssh_hostname=server.alias, log={"max_bytes": 10000},
+            words="--second-port", hostname="127.0.0.1", ssh_hostname=server.alias, log={"max_bytes": 10000},
             restart={"policy": "on-failure", "delay": 0.1, "most": 1}, limits={"open_files": 100},
         )  # fmt: skip
         first = run(config)
@@ -391,6 +396,7 @@ def test_every_python_of_a_host(place, version):
         assert state is not None
         executable = os.path.realpath(f"/proc/{state['supervisor']['pid']}/exe")
         assert f"/versions/{version}." in executable, executable
+        crash(states, crash(states))
         wait_until(lambda: (states.read("k") or {}).get("status") == "failed", 20, lambda: f"given up: {states.read('k')}")
         with pytest.raises(ServiceError, match="last words"):
             run({**config, **place.config(words="--die 1", hostname="127.0.0.1", ssh_hostname=server.alias)})

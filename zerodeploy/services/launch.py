@@ -94,7 +94,6 @@ class Launcher:
             state = self._connected()
             if state is None:
                 self.config.check()
-                self.observer.step("local_check", "missing")
                 state = self._under_lock()
         except ZeroDeployError as error:
             self.observer.step("error", str(error).splitlines()[0])
@@ -105,7 +104,7 @@ class Launcher:
         """One launcher of this side at a time for a key; the others find what it has done."""
         lock = self.states.lock(self.config.key, self.config.start_timeout * 10 + 60)
         try:
-            state = self._connected()
+            state = self._connected(again=True)
             if state is not None:
                 return state
             self.words("")  # a template that is not good is told before anybody is contacted
@@ -119,14 +118,16 @@ class Launcher:
 
     # this side
 
-    def _connected(self) -> dict[str, Any] | None:
-        """The connection of this side, if the service answers there."""
+    def _connected(self, *, again: bool = False) -> dict[str, Any] | None:
+        """The connection of this side, if the service answers there. *again*: somebody else may have made it meanwhile."""
+        missing = "" if again else "local_check"
         try:
             state = self.states.read(self.config.key)
         except StateError as error:
             self.observer.detail(f"{error}; it will be written anew")
             return None
         if state is None:
+            self._step(missing, "missing")
             return None
         known = state.pop("launched_with", {})
         same = known.get("digest") == self.config.digest()
@@ -137,12 +138,12 @@ class Launcher:
                 or known.get("host") != self.config.ssh_hostname
                 or bool(state.get("tunneled-host")) != self.config.tunnel
             ):
-                self.observer.step("local_check", "it may be another one")
+                self._step(missing, "it may be another one")
                 return None
         said = self._answers(state)
         if said:
             self.observer.detail(f"local handshake: {said}")
-            self.observer.step("local_check", "no answer")
+            self._step(missing, "no answer")
             return None
         self.observer.step("local_check", "reused")
         now = {} if same or not known else self.launched_with()
@@ -151,6 +152,10 @@ class Launcher:
         self.observer.step("done", "reused-local")
         state.pop("tunnel", None)
         return state
+
+    def _step(self, name: str, text: str) -> None:
+        if name:
+            self.observer.step(name, text)
 
     def _answers(self, state: Mapping[str, Any]) -> str:
         """Empty if the service answers where *state* says, else what is wrong."""
@@ -301,7 +306,7 @@ class Launcher:
         """What of a running service's state is not as it would be launched now."""
         own = f"~/.remote-http-launcher/server/{self.config.key}.json"
         path = os.path.join(os.path.dirname(str(state.get("log", ""))), f"{self.config.key}.json")
-        wanted = {"command": command.shown(words).replace(own, path), "network_interface": self.config.network_interface,
+        wanted = {"command": command.shown([word.replace(own, path) for word in words]), "network_interface": self.config.network_interface,
                   "parameters": self.config.data.get("file_parameters")}  # fmt: skip
         drift = [name for name, value in wanted.items() if name in state and state[name] != value]
         place = str(state.get("workdir", ""))
