@@ -11,14 +11,16 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from zerodeploy.errors import TemplateError
 
-__all__ = ["FUNCTIONS", "METHODS", "evaluate", "parts"]
+__all__ = ["FUNCTIONS", "METHODS", "Part", "evaluate", "parts"]
 
 _MOST_TEXT = 1 << 16  # characters of a result, and of anything on the way to it
 _MOST_STEPS = 20_000
+_MOST_MADE = 1 << 20  # characters and items of all that is made on the way
 _MOST_DEPTH = 60
 _MOST_BITS = 4096  # of a whole number
 _QUOTES = ('"""', "'''", '"', "'")
@@ -105,9 +107,23 @@ def evaluate(template: str, config: Mapping[str, Any], *, name: str = "template"
     return _Template(template, _names(config, extra), name).text()
 
 
-def parts(template: str, config: Mapping[str, Any], *, name: str = "template", extra: Mapping[str, Any] | None = None
-          ) -> list[tuple[str, bool]]:  # fmt: skip
-    """`evaluate`, in pieces: each text, and whether a field gave it. Raises `TemplateError`."""
+@dataclass(frozen=True)
+class Part:
+    """A piece of an evaluated template: its own text, or what a field gave.
+
+    ``value``: the field's value before it was formatted, None for text. ``direct``: the field only names something of the config.
+    """
+
+    text: str
+    field: bool = False
+    value: Any = None
+    direct: bool = False
+
+
+def parts(
+    template: str, config: Mapping[str, Any], *, name: str = "template", extra: Mapping[str, Any] | None = None
+) -> list[Part]:
+    """`evaluate`, in pieces. Raises `TemplateError`."""
     made = _Template(template, _names(config, extra), name)
     made.text()
     return made.parts
@@ -123,7 +139,8 @@ class _Template:
     def __init__(self, template: str, names: Mapping[str, Any], name: str, depth: int = 0) -> None:
         self._template, self._names, self._name = template, names, name
         self._steps, self._depth = 0, depth
-        self.parts: list[tuple[str, bool]] = []
+        self.parts: list[Part] = []
+        self._made = 0
 
     def _fail(self, at: int, text: str) -> TemplateError:
         shown = self._template[at : at + 60]
@@ -138,12 +155,12 @@ class _Template:
         """The text from *at* on: to the end, or in a format spec to its closing brace."""
         template, out = self._template, ""
         while at < len(template):
-            char, field = template[at], False
+            char, part = template[at], None
             if char == "{" and not nested and template[at : at + 2] == "{{":
                 text, at = "{", at + 2
             elif char == "{":
-                field = True
-                text, at = self._field(at, nested=nested)
+                part, at = self._field(at, nested=nested)
+                text = part.text
             elif char == "}" and nested:
                 return out, at
             elif char == "}":
@@ -157,12 +174,12 @@ class _Template:
             out += text
             self._bounded(out, at)
             if not nested:
-                self.parts.append((text, field))
+                self.parts.append(part or Part(text))
         if nested:
             raise self._fail(len(template), "a { is not closed")
         return out, at
 
-    def _field(self, start: int, *, nested: bool) -> tuple[str, int]:
+    def _field(self, start: int, *, nested: bool) -> tuple[Part, int]:
         """The replacement field that begins at *start*; what it gives, and where it ends."""
         template = self._template
         end = self._end_of_expression(start + 1)
@@ -174,7 +191,7 @@ class _Template:
                 shown, end = shown + template[end], end + 1
         if not source.strip():
             raise self._fail(start, "an empty expression")
-        value = self._expression(source, start + 1)
+        value, direct = self._expression(source, start + 1), _is_direct(source)
         conversion = ""
         if template[end : end + 1] == "!":
             conversion = template[end + 1 : end + 2]
@@ -190,17 +207,38 @@ class _Template:
             raise self._fail(min(end, len(template)), "expected }")
         if shown and not conversion and spec is None:
             conversion = "r"
+        result = value
         if conversion:
-            value = _CONVERT[conversion](value)
-        return shown + self._formatted(value, spec or "", start), end + 1
+            self._check_text(value, start)
+            result = _CONVERT[conversion](value)
+        return Part(shown + self._formatted(result, spec or "", start), True, value, direct and not shown), end + 1
 
     def _formatted(self, value: Any, spec: str, at: int) -> str:
         if any(int(number) > 4096 for number in re.findall(r"\d+", spec)):
             raise self._fail(at, "a width or precision above 4096")
+        self._check_text(value, at)
         try:
             return format(value, spec)
         except (ValueError, TypeError) as error:
             raise self._fail(at, str(error)) from None
+
+    def _check_text(self, value: Any, at: int) -> None:
+        """Before it is written out: what holds the same list many times is small until then."""
+        todo, size = [value], 0
+        while todo:
+            each = todo.pop()
+            if isinstance(each, str | bytes):
+                size += len(each)
+            elif isinstance(each, dict):
+                size += 2 * len(each)
+                todo += [*each.keys(), *each.values()] if size <= _MOST_TEXT else []
+            elif isinstance(each, list | tuple | set | frozenset):
+                size += len(each)
+                todo += each if size <= _MOST_TEXT else []
+            else:
+                size += 1
+            if size > _MOST_TEXT:
+                raise self._fail(at, f"more than {_MOST_TEXT} characters or items")
 
     def _end_of_expression(self, at: int) -> int:
         """Where the expression from *at* on ends: at ``!``, ``:``, ``=`` or ``}`` outside of all brackets and strings."""
@@ -264,6 +302,10 @@ class _Template:
     def _bounded(self, value: Any, at: int) -> Any:
         if isinstance(value, str | bytes | list | tuple | dict | set) and len(value) > _MOST_TEXT:
             raise self._fail(at, f"more than {_MOST_TEXT} characters or items")
+        if isinstance(value, str | bytes | list | tuple | dict | set):
+            self._made += len(value)
+            if self._made > _MOST_MADE:
+                raise self._fail(at, "it computes too much")
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
             raise self._fail(at, "a number that is too large")
         return value
@@ -392,6 +434,9 @@ class _Template:
         options = {str(each.arg): self._value(each.value, names, depth) for each in node.keywords}
         if "key" in options:
             raise self._fail(self._at, "templates can't hold a function")
+        if value is None:
+            for each in args:
+                self._check_text(each, self._at)
         self._check_call(value, node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id, args)
         result = action(*args, **options)
         if isinstance(result, range | enumerate | zip | reversed) or type(result).__name__ in (
@@ -456,3 +501,11 @@ class _Template:
                 self._bind(each, value, names)
         else:
             raise self._fail(self._at, f"templates can't assign to {ast.unparse(target)}")
+
+
+def _is_direct(source: str) -> bool:
+    """Whether the expression is the name of something, or an item of it."""
+    node: ast.AST = ast.parse(f"({source.strip()}\n)", mode="eval").body
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    return isinstance(node, ast.Name)
