@@ -163,7 +163,10 @@ def prefix_or_refresh(wanted: str, target: str, base: "Optional[str]" = None) ->
 
     Returns: the set-up, and ``prefix``.
     """
-    setup = cached(base)
+    try:
+        setup = cached(base)
+    except StateError:  # it is written anew
+        setup = None
     fresh = setup is None
     if setup is None:
         setup = refresh(base)

@@ -84,6 +84,27 @@ class Launch:
             raise ServiceFault(str(error)) from None
 
 
+def wrong_settings(settings: "Mapping[str, Any]") -> str:
+    """What is wrong with ``restart``, ``log`` or ``limits`` of a `Launch` that came from elsewhere; empty when nothing is."""
+    for name in ("restart", "log", "limits"):
+        if not isinstance(settings.get(name, {}), dict):
+            return "%s is no object" % name
+    restart, log = settings.get("restart", {}), settings.get("log", {})
+    if restart and restart.get("policy") not in ("never", "on-failure", "always"):
+        return "restart.policy is never, on-failure or always"
+    for where, name, least in (
+        (restart, "most", 1),
+        (restart, "delay", 0),
+        (restart, "most_delay", 0),
+        (log, "max_bytes", 1024),
+        (log, "keep", 0),
+    ):
+        value = where.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1 << 62:
+            return "%s is a number, at least %d; not %.50r" % (name, least, value)
+    return "log lacks max_bytes" if log and "max_bytes" not in log else ""
+
+
 def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "Dict[str, Any]":
     """The state of the service *key*: of the one that runs, or of a new one, ``starting``. Arguments: of `Launch`.
 

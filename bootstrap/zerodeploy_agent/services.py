@@ -202,6 +202,8 @@ def verify_port(host: str, port: int, tries: int = 3, timeout: float = 2.0) -> s
     import socket
 
     said = ""
+    if not 0 < port < 65536:
+        return "%d is no port" % port
     for attempt in range(tries):
         try:
             socket.create_connection((host, port), timeout).close()
@@ -219,6 +221,9 @@ def handshake(url: str, timeout: float = 5.0) -> "Tuple[int, str]":
 
     if not url.startswith(("http://", "https://")) or any(char <= " " or char > "~" for char in url):
         return 1, "no http:// or https:// URL: %.100s" % url
+    port = re.match(r"https?://[^/?#]*:([0-9]+)(?:[/?#]|$)", url)
+    if port is not None and not 0 < int(port[1]) < 65536:
+        return 1, "%s is no port" % port[1][:20]
     plain = re.match(r"http://(\[[0-9A-Fa-f:.%a-z]+\]|[^/?#@:\[\]]+)(?::([0-9]{1,5}))?(/[^#]*|\?[^#]*)?(?:#.*)?$", url)
     try:
         status = (

@@ -7,6 +7,7 @@ never "there is no state".
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from abc import ABC, abstractmethod
@@ -255,6 +256,8 @@ class HelperExecutor(Executor):
         setup = _object(out) if status == 0 else None
         fresh = False
         while True:
+            if os.path.isabs(wanted) and setup is not None:
+                return {**setup, "prefix": wanted}  # only the host can tell whether it is there, and does when it launches
             if setup is not None and (prefix := conda.prefix_of({"envs": [], "conda_base": "", **setup}, wanted)):
                 return {**setup, "prefix": prefix}
             if fresh:

@@ -204,9 +204,9 @@ def policy_of(argv: Sequence[str], home: str) -> Policy:
 def _roots(path: str, home: str) -> tuple[str, ...]:
     expanded = home + path[1:] if path.startswith("~/") else path
     try:
-        with open(expanded, encoding="utf-8") as file:
+        with open(expanded, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         raise GuardRefused("the file of --data-roots can't be read") from None
     roots = []
     for number, line in enumerate(lines, 1):
@@ -215,7 +215,10 @@ def _roots(path: str, home: str) -> tuple[str, ...]:
         root = home + line[1:] if line == "~" or line.startswith("~/") else line
         if not os.path.isabs(root):
             raise GuardRefused(f"line {number} of the file of --data-roots is no absolute path")  # and what it is stays there
-        roots.append(os.path.realpath(root))
+        try:
+            roots.append(os.path.realpath(root))
+        except ValueError:
+            raise GuardRefused(f"line {number} of the file of --data-roots is no path") from None
     return tuple(roots)
 
 

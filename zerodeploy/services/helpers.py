@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "client_rows", "parse", "parser", "run", "whitelist"]
+__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "allowed", "client_rows", "parse", "parser", "run"]
 
 #: set by rhl-guard for what it starts
 GUARDED = "RHL_GUARDED"
@@ -317,7 +317,7 @@ def _launch_options(made: argparse.ArgumentParser) -> None:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         import argparse
@@ -330,8 +330,7 @@ def _launch(given: Given) -> int:
     from zerodeploy_agent import hosting, launching
 
     guarded = bool(os.environ.pop(GUARDED, ""))
-    allowed = whitelist(guarded=guarded)
-    if allowed is not None and given.command[0] not in allowed:
+    if not allowed(given.command, guarded=guarded):
         return _say("rhl-launch-service", f"service binary is not whitelisted: {given.command[0]!r}")
     settings = _settings() if given.settings_stdin else {}
     if guarded and "env" in settings:
@@ -352,23 +351,29 @@ def _launch(given: Given) -> int:
 
 
 def _settings() -> dict[str, Any]:
+    from zerodeploy_agent import launching
+
     try:
         value = json.loads(sys.stdin.buffer.read(_MOST_BYTES))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or any(name not in ("env", "limits", "restart", "log") for name in value):
         raise ServiceFault("standard input holds no JSON object with env, limits, restart or log")
+    wrong = launching.wrong_settings(value)
+    if wrong:
+        raise ServiceFault(wrong)
     env = value.get("env", {})
     if not isinstance(env, dict) or not all(isinstance(each, str) and "\0" not in each for pair in env.items() for each in pair):
         raise ServiceFault("env is an object of strings")
     return value
 
 
-def whitelist(*, guarded: bool) -> frozenset[str] | None:
-    """The programs that may be launched; None: any.
+def allowed(argv: Sequence[str], *, guarded: bool) -> bool:
+    """Whether the command may be launched.
 
-    ``RHL_TOOLS_YAML``, else ``tools.yaml`` where the state files are: a mapping of names to options. ``command_template`` of a
-    tool names its program in its first word. Without either: behind the guard `SEAMLESS`. Raises `ServiceFault`.
+    ``RHL_TOOLS_YAML``, else ``tools.yaml`` where the state files are: a mapping of names to options. A command is one of these
+    names, or begins with all words that a ``command_template`` of the options has before its first field. Without either file:
+    behind the guard one of `SEAMLESS`, else anything. Raises `ServiceFault`.
     """
     path = os.environ.get("RHL_TOOLS_YAML") or os.path.join(statefile.base_dir(), "tools.yaml")
     try:
@@ -377,9 +382,11 @@ def whitelist(*, guarded: bool) -> frozenset[str] | None:
     except FileNotFoundError:
         if os.environ.get("RHL_TOOLS_YAML"):
             raise ServiceFault("the file that RHL_TOOLS_YAML names is not there") from None
-        return SEAMLESS if guarded else None
+        return argv[0] in SEAMLESS if guarded else True
     except OSError as error:
         raise ServiceFault(f"the whitelist of services can't be read: {error.strerror}") from None
+    import re
+
     import yaml
 
     try:
@@ -388,12 +395,12 @@ def whitelist(*, guarded: bool) -> frozenset[str] | None:
         tools = None
     if not isinstance(tools, dict) or not all(isinstance(name, str) for name in tools):
         raise ServiceFault("the whitelist of services is no YAML mapping of names to options")
-    allowed = set(tools)
     for options in tools.values():
         template = options.get("command_template") if isinstance(options, dict) else None
-        if isinstance(template, str) and template.split():
-            allowed.add(template.split()[0])
-    return frozenset(allowed)
+        fixed = re.match(r"[^{]*", template)[0].split() if isinstance(template, str) else []  # type: ignore[index]
+        if fixed and list(argv[: len(fixed)]) == fixed:
+            return True
+    return argv[0] in tools
 
 
 def _no_options(_: argparse.ArgumentParser) -> None:
