@@ -10,7 +10,7 @@ import time
 from . import conda, fresh
 from .limits import CONTROLLERS, Enforced, LimitError
 from .procfs import boot_id, start_of
-from .services import ServiceFault, end_tree
+from .services import ServiceFault, end_tree, open_directory
 from .statefile import RUNNING, SERVER, STARTING, States, in_care
 
 TYPE_CHECKING = False
@@ -40,6 +40,7 @@ class Launch:
         log: ``max_bytes`` and ``keep``.
         network_interface, parameters, meta: for the state file.
         target: what messages call this host.
+        exact: somebody has looked at the workdir: no link may lead elsewhere by now.
         base: where the state files are.
     """
 
@@ -47,10 +48,11 @@ class Launch:
                  network_interface: str = "localhost", parameters: "Optional[Mapping[str, Any]]" = None, meta: "Any" = None,
                  conda: "Optional[str]" = None, limits: "Optional[Mapping[str, float]]" = None,
                  restart: "Optional[Mapping[str, Any]]" = None, log: "Optional[Mapping[str, Any]]" = None, target: str = "this host",
-                 base: "Optional[str]" = None) -> None:  # fmt: skip
+                 exact: bool = False, base: "Optional[str]" = None) -> None:  # fmt: skip
         self.key, self.workdir, self.argv = key, workdir, list(argv)
         self.env, self.conda, self.limits = dict(env or {}), conda, dict(limits or {})
         self.restart, self.log, self.target, self.base = dict(restart or {}), dict(log or {}), target, base
+        self.exact = exact
         self.network_interface, self.parameters, self.meta = network_interface, parameters, meta
         self.states = States(SERVER, base)
         self.output: "Optional[int]" = None  # default: the log file itself
@@ -66,7 +68,7 @@ class Launch:
 
     def ready(self) -> None:
         """Look at all that can be wrong before anything is started. Raises `ServiceFault`, CondaError, StateError, OSError."""
-        self.place = _directory(self.workdir)
+        self.place = _directory(self.workdir, self.exact)
         path = self.states.path(self.key)
         self.words = [_with_status_file(word, self.key, path) for word in self.argv]
         self.environment = {**fresh.environment(), **self.env}
@@ -154,9 +156,10 @@ def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") 
     if output is None:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     gate, opener = os.pipe()
+    here = open_directory(wanted.place) if wanted.exact else -1
     try:
         process = subprocess.Popen(["/bin/sh", "-c", _GATE, "sh", *wanted.command], stdin=gate, stdout=output, stderr=output,
-                                   cwd=wanted.place, env=wanted.environment, start_new_session=True, preexec_fn=limits.preexec)  # fmt: skip
+                                   cwd="/proc/self/fd/%d" % here if here >= 0 else wanted.place, env=wanted.environment, start_new_session=True, preexec_fn=limits.preexec)  # fmt: skip
         limits.started()
         state.update(pid=process.pid, pid_start=start_of(process.pid), boot_id=boot_id())
         try:
@@ -170,8 +173,9 @@ def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") 
         _reap()
         _children.append(process.pid)
     finally:
-        for fd in (gate, opener, output):
-            os.close(fd)
+        for fd in (gate, opener, output, here):
+            if fd >= 0:
+                os.close(fd)
     return state
 
 
@@ -185,11 +189,13 @@ def _reap() -> None:
         _children.remove(pid)
 
 
-def _directory(workdir: str) -> str:
+def _directory(workdir: str, exact: bool = False) -> str:
     place = os.path.expanduser(workdir)
     if not os.path.isabs(place):
         raise ServiceFault("the workdir is not an absolute path: %r" % workdir)
     try:
+        if exact:
+            os.close(open_directory(place, create=True))
         os.makedirs(place, exist_ok=True)
     except OSError as error:
         raise ServiceFault("the workdir %s can't be made: %s" % (place, error.strerror)) from None

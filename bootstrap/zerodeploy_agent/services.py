@@ -315,22 +315,55 @@ def check_directory(path: str, home: "Optional[str]" = None, system: "Sequence[s
     return resolved
 
 
-def clear(path: str) -> int:
+def open_directory(path: str, create: bool = False) -> int:
+    """A descriptor of the resolved *path*, opened part by part without following a link: what is changed meanwhile leads nowhere else.
+
+    Raises `ServiceFault` for a link on the way, FileNotFoundError, NotADirectoryError and other OSError.
+    """
+    fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in [each for each in path.split("/") if each]:
+            if create:
+                try:
+                    os.mkdir(part, dir_fd=fd)
+                except FileExistsError:
+                    pass
+            try:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            except OSError:
+                if os.path.islink("/proc/self/fd/%d/%s" % (fd, part)):
+                    raise ServiceFault("the path leads elsewhere now: %.200s" % path) from None
+                raise
+            os.close(fd)
+            fd = below
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def resolved_directory(path: str, exact: bool) -> str:
+    """`check_directory`. *exact*: somebody has looked at *path* before, so it must not lead elsewhere by now."""
+    resolved = check_directory(path)
+    if exact and resolved != os.path.normpath(path):
+        raise ServiceFault("the path leads elsewhere now: %.200s" % path)
+    return resolved
+
+
+def clear(path: str, exact: bool = False) -> int:
     """Remove what is directly in *path*, directories with all in them, links as links; how many that were.
 
     The directory is opened once, and everything is removed below that descriptor: what is put in its place meanwhile is not
     touched. Raises `ServiceFault`, `OSError`.
     """
-    resolved = check_directory(path)
+    resolved = resolved_directory(path, exact)
     try:
-        fd = os.open(resolved, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_directory(resolved)
     except FileNotFoundError:
         raise ServiceFault("path does not exist: %s" % path) from None
     except NotADirectoryError:
         raise ServiceFault("not a directory: %s" % path) from None
     try:
-        if os.readlink("/proc/self/fd/%d" % fd) != resolved:  # a link on the way was changed meanwhile
-            raise ServiceFault("the path leads elsewhere now: %s" % path)
         names = os.listdir(fd)
         for name in names:
             _remove(fd, name)
@@ -352,10 +385,10 @@ def _remove(at: int, name: str) -> None:
     os.rmdir(name, dir_fd=at)
 
 
-def persistent(path: str, marker: "Optional[str]" = None) -> "List[Dict[str, Any]]":
+def persistent(path: str, marker: "Optional[str]" = None, exact: bool = False) -> "List[Dict[str, Any]]":
     """What is kept in *path*: ``state`` absent, empty or populated. With *marker*: of it, or the directories directly in it, those
     that hold a file of that name. Raises `ServiceFault`."""
-    resolved = check_directory(path)
+    resolved = resolved_directory(path, exact)
     if marker is not None:
         if "/" in marker or marker in ("", ".", ".."):
             raise ServiceFault("a marker is the name of a file: %r" % marker)
@@ -373,14 +406,18 @@ def persistent(path: str, marker: "Optional[str]" = None) -> "List[Dict[str, Any
 def _kept(path: str) -> "Dict[str, Any]":
     shown: "Dict[str, Any]" = {"path": path, "state": "absent", "size": None, "modified": None}
     try:
-        info = os.stat(path)
+        fd = open_directory(path)
+    except NotADirectoryError:
+        info = os.lstat(path)
+        return dict(shown, state="populated", size=info.st_size, modified=_when(info.st_mtime))
     except OSError:
         return shown
-    if not stat.S_ISDIR(info.st_mode):
-        return dict(shown, state="populated", size=info.st_size, modified=_when(info.st_mtime))
-    if os.listdir(path):
-        return dict(shown, state="populated", modified=_when(info.st_mtime))
-    return dict(shown, state="empty")
+    try:
+        if os.listdir(fd):
+            return dict(shown, state="populated", modified=_when(os.fstat(fd).st_mtime))
+        return dict(shown, state="empty")
+    finally:
+        os.close(fd)
 
 
 def _when(seconds: float) -> str:

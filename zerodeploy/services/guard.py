@@ -13,12 +13,11 @@ import io
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from zerodeploy_agent import services
+from zerodeploy_agent import services, statefile
 
 from zerodeploy.errors import GuardRefused
 from zerodeploy.services import helpers
@@ -29,7 +28,8 @@ SEAMLESS_MARKERS = ("seamless.db", ".HASHSERVER_PREFIX")
 SYSTEM_ROOTS = ("/", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/boot", "/sys", "/proc", "/run", "/var", "/opt")
 _MOST_BYTES = 64 << 10
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
-_SHELL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f;&|<>`(){}\\*?\[\]!#]|\$")
+#: of a word: in single quotes anything, in double quotes and outside what means nothing to a shell
+_PIECE = re.compile(r"'([^'\x00]*)'|\"([^\"\\$`!\x00]*)\"|([^\x00-\x20\x7f;&|<>`(){}\\*?\[\]!#$'\"]+)")
 #: what of the environment a helper gets
 _KEPT = (
     "HOME",
@@ -120,13 +120,20 @@ def _split(command: str) -> list[str]:
     while (found := _ASSIGNMENT.match(rest)) is not None:
         end = _end_of_word(rest, found.end())
         rest = rest[end:].lstrip(" \t")
-    bare = re.sub(r"'[^']*'", "", rest)
-    if "'" in bare or _SHELL.search(bare) or any(ord(char) < 32 and char != "\t" for char in rest) or "\x7f" in rest:
-        raise GuardRefused(f"command not in whitelist: {command[:200]!r}")
-    try:
-        return shlex.split(rest)
-    except ValueError:
-        raise GuardRefused(f"command not in whitelist: {command[:200]!r}") from None
+    words: list[str] = []
+    at, word = 0, None  # None: between two words
+    while at < len(rest):
+        char = rest[at]
+        if char in " \t":
+            words += [word] if word is not None else []
+            at, word = at + 1, None
+            continue
+        found = _PIECE.match(rest, at)
+        if found is None:
+            raise GuardRefused(f"command not in whitelist: {command[:200]!r}")
+        word = (word or "") + next(each for each in found.groups() if each is not None)
+        at = found.end()
+    return words + ([word] if word is not None else [])
 
 
 def _end_of_word(text: str, at: int) -> int:
@@ -161,6 +168,9 @@ def _checked(path: str, policy: Policy, home: str, name: str) -> str:
         resolved = services.check_directory(expanded, home, SYSTEM_ROOTS)
     except services.ServiceFault as fault:
         raise GuardRefused(str(fault)) from None
+    base = os.path.realpath(statefile.base_dir())
+    if f"{resolved}/".startswith(f"{base}/") or base.startswith(f"{resolved.rstrip('/')}/"):
+        raise GuardRefused(f"the launcher keeps its own state there: {shown!r}")
     if policy.roots is not None and not any(
         resolved == root or resolved.startswith(root.rstrip("/") + "/") for root in policy.roots
     ):

@@ -271,6 +271,11 @@ def _rm(given: Given) -> int:
     return 0
 
 
+def _guarded() -> bool:
+    """Whether rhl-guard has looked at the paths, and started us."""
+    return bool(os.environ.get(GUARDED))
+
+
 def _persistent_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("paths", nargs="+", metavar="PATH")
     made.add_argument("--marker", metavar="FILENAME", help="only directories that hold a file of this name")
@@ -278,7 +283,7 @@ def _persistent_options(made: argparse.ArgumentParser) -> None:
 
 
 def _ps_persistent(given: Given) -> int:
-    rows = [row for path in given.paths for row in services.persistent(path, given.marker)]
+    rows = [row for path in given.paths for row in services.persistent(path, given.marker, _guarded())]
     if given.json:
         for row in rows:
             print(_json(row))
@@ -297,7 +302,7 @@ def _clear_options(made: argparse.ArgumentParser) -> None:
 
 
 def _clear(given: Given) -> int:
-    print(f"removed {services.clear(given.path)} item(s) from {given.path}")
+    print(f"removed {services.clear(given.path, _guarded())} item(s) from {given.path}")
     return 0
 
 
@@ -329,7 +334,8 @@ def _json_object(text: str) -> dict[str, Any]:
 def _launch(given: Given) -> int:
     from zerodeploy_agent import hosting, launching
 
-    guarded = bool(os.environ.pop(GUARDED, ""))
+    guarded = _guarded()
+    os.environ.pop(GUARDED, None)  # of no use to the service
     if not allowed(given.command, guarded=guarded):
         return _say("rhl-launch-service", f"service binary is not whitelisted: {given.command[0]!r}")
     settings = _settings() if given.settings_stdin else {}
@@ -339,7 +345,7 @@ def _launch(given: Given) -> int:
         return _say("rhl-launch-service", "behind rhl-guard a conda environment is a name, not a path")
     state = launching.launch(
         given.key, given.workdir, given.command, network_interface=given.network_interface, parameters=given.parameters, meta=given.meta,
-        conda=given.conda_env, **settings,
+        conda=given.conda_env, exact=guarded, **settings,
     )  # fmt: skip
     warning = hosting.lingering()
     if warning:
