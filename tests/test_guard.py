@@ -274,3 +274,39 @@ def test_behind_sshd(tmp_path):
             done = ssh(*words)
             assert done.returncode == 1 and done.stdout == "" and "rhl-guard: rejected" in done.stderr, words
         assert ssh("rhl-inspect", "none").stderr == "rhl-inspect: no state file for 'none'\n"
+
+
+def test_words_with_any_characters():
+    """As `shlex.quote` writes them, which the launcher does."""
+    import shlex
+
+    for word in ("it's", "a\nb", "'", "''", "a'b\"c", '{"x": "it\'s"}', "$(id)", "é", "", "\\"):
+        assert decide(f"rhl-inspect {shlex.quote(word)}", ANY, HOME) == ["rhl-inspect", word]
+    with pytest.raises(GuardRefused):
+        decide('rhl-stop "\'" ; id "\'"', ANY, HOME)
+
+
+def test_what_was_looked_at_leads_nowhere_else(tmp_path, monkeypatch):
+    """A link that took a directory's place after the guard has looked is not followed by the helper."""
+    from zerodeploy_agent import launching, services
+
+    monkeypatch.setenv("REMOTE_HTTP_LAUNCHER_DIR", str(tmp_path / "state"))
+    (tmp_path / "victim" / "deep").mkdir(parents=True)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "x").symlink_to(tmp_path / "victim")
+    for path in (tmp_path / "root" / "x", tmp_path / "root" / "x" / "deep"):
+        for action in (lambda: services.clear(str(path), exact=True), lambda: services.persistent(str(path), exact=True),
+                       lambda: launching.launch("k", str(path), ["true"], exact=True)):  # fmt: skip
+            with pytest.raises(services.ServiceFault, match="leads elsewhere now"):
+                action()
+        with pytest.raises(services.ServiceFault, match="leads elsewhere now"):
+            services.open_directory(str(path))
+    assert (tmp_path / "victim" / "deep").exists()
+    assert services.clear(str(tmp_path / "root" / "x")) == 1, "by hand a link is fine"
+
+
+def test_the_launchers_own_state_is_refused(home, monkeypatch):
+    monkeypatch.setenv("REMOTE_HTTP_LAUNCHER_DIR", str(home / "data" / "state"))
+    for path in (home / "data" / "state", home / "data" / "state" / "server", home / "data"):
+        with pytest.raises(GuardRefused, match="its own state"):
+            decide(f"rhl-clear {path}", ANY, str(home))

@@ -231,3 +231,43 @@ def test_where_nothing_can_be_quoted_it_is_refused(text):
 def test_no_command(text):
     with pytest.raises(TemplateError):
         words(text, False, v="")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "# don't\nprintf '<%s>\\0' {v}",
+        "printf '<%s>\\0' {v} # it's",
+        "printf '<%s>\\0' \"${{HOME}}\" {v} $(: ; :)",
+        "printf '<%s>\\0' \"$(printf %s {v})\"",
+    ],
+)
+def test_what_stands_before_a_value_does_not_matter(template, tmp_path):
+    value = f"x & touch {tmp_path}/pwned; true"
+    assert value in printed(words(template, v=value)) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shell", [True, False])
+def test_what_is_no_text_is_one_word_too(shell):
+    import datetime
+
+    values = {"at": datetime.datetime(2024, 1, 1, 10), "ports": [1, 2], "opts": {"a": "b c"}, "none": None}
+    template = "printf '<%s>\\0' {at} {ports} {opts} {none}"
+    assert printed(words(template, shell, **values)) == [str(value) for value in values.values()]
+
+
+@pytest.mark.parametrize("shell", [True, None])
+def test_keys_and_sets_run_nothing(shell, tmp_path):
+    odd = f"$(touch {tmp_path}/pwned)"
+    names = {"options": {odd: 1}, "tags": {f"; touch {tmp_path}/pwned;"}}
+    found = printed(
+        words("printf '<%s>\\0' {' '.join(tags)} {' '.join(f'--{k}={v}' for k, v in options.items())} | cat", shell, **names)
+    )
+    assert found == [f"; touch {tmp_path}/pwned;", f"--{odd}=1"] and not list(tmp_path.iterdir())
+
+
+def test_the_templates_own_splits_stay():
+    assert words("p {' '.join(args.split(','))} {args.replace(',', ' ')}", args="a,b,c") == ["p", "a", "b", "c", "a", "b", "c"]
+    assert words("p {' '.join(n for n in names if n)}", names=["a", "", "b"]) == ["p", "a", "b"]
+    assert words("p {' '.join('--' + a for a in args if '=' in a)}", args=["x=1", "y=2", "q"]) == ["p", "--x=1", "--y=2"]
+    assert words("p {'--name ' + name if name else ''} {name}", name="") == ["p", ""]
