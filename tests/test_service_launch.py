@@ -451,3 +451,15 @@ def test_a_guarded_host(place):
         assert alive(get(run(config)))
         with pytest.raises(ServiceError, match="not whitelisted"):
             run({**allowed, "key": "j"})
+
+
+@pytest.mark.parametrize("key", ["my key", "it's", "a$b", "k(1)"])
+def test_the_status_file_is_absolute_on_a_host_with_helpers(place, key):
+    state_dir = place.root / "state dir"
+    place.bases.add(state_dir)
+    with an_sshd(place, helpers=True, REMOTE_HTTP_LAUNCHER_DIR=str(state_dir)) as server:
+        config = place.config(key=key, hostname="127.0.0.1", ssh_hostname=server.alias, v="{status_file}")
+        config["command"] += " {v} && true"
+        run(config)
+        log = (state_dir / "server" / f"{key}.log").read_text()
+        assert json.loads(log.splitlines()[0].removeprefix("args ")) == [f"{place.root}/data", "{status_file}"]

@@ -40,6 +40,7 @@ class Launch:
         log: ``max_bytes`` and ``keep``.
         network_interface, parameters, meta: for the state file.
         target: what messages call this host.
+        placeholder: what stands for the state file in *argv*; empty: it has been put there already.
         exact: somebody has looked at the workdir: no link may lead elsewhere by now.
         base: where the state files are.
     """
@@ -48,11 +49,11 @@ class Launch:
                  network_interface: str = "localhost", parameters: "Optional[Mapping[str, Any]]" = None, meta: "Any" = None,
                  conda: "Optional[str]" = None, limits: "Optional[Mapping[str, float]]" = None,
                  restart: "Optional[Mapping[str, Any]]" = None, log: "Optional[Mapping[str, Any]]" = None, target: str = "this host",
-                 exact: bool = False, base: "Optional[str]" = None) -> None:  # fmt: skip
+                 placeholder: str = "{status_file}", exact: bool = False, base: "Optional[str]" = None) -> None:  # fmt: skip
         self.key, self.workdir, self.argv = key, workdir, list(argv)
         self.env, self.conda, self.limits = dict(env or {}), conda, dict(limits or {})
         self.restart, self.log, self.target, self.base = dict(restart or {}), dict(log or {}), target, base
-        self.exact = exact
+        self.exact, self.placeholder = exact, placeholder
         self.network_interface, self.parameters, self.meta = network_interface, parameters, meta
         self.states = States(SERVER, base)
         self.output: "Optional[int]" = None  # default: the log file itself
@@ -70,7 +71,7 @@ class Launch:
         """Look at all that can be wrong before anything is started. Raises `ServiceFault`, CondaError, StateError, OSError."""
         self.place = _directory(self.workdir, self.exact)
         path = self.states.path(self.key)
-        self.words = [_with_status_file(word, self.key, path) for word in self.argv]
+        self.words = [_with_status_file(word, self.key, path, self.placeholder) for word in self.argv]
         self.environment = {**fresh.environment(), **self.env}
         self.command: "List[str]" = self.words
         search = self.environment.get("PATH", os.defpath)
@@ -204,9 +205,11 @@ def _directory(workdir: str, exact: bool = False) -> str:
     return place
 
 
-def _with_status_file(word: str, key: str, path: str) -> str:
+def _with_status_file(word: str, key: str, path: str, placeholder: str) -> str:
     """Launchers that don't know this host's home name the file by ``~``."""
-    return word.replace("{status_file}", path).replace("~/.remote-http-launcher/server/%s.json" % key, path)
+    if not placeholder:
+        return word
+    return word.replace(placeholder, path).replace("~/.remote-http-launcher/server/%s.json" % key, path)
 
 
 def _check_program(words: "Sequence[str]", search: str, place: str) -> None:

@@ -27,7 +27,7 @@ _MOST_BYTES = 1 << 24
 #: what the host's shell is asked; no single quote, backslash, newline or exclamation mark, see `login_shell_line`.
 #: "w PID START": a dot each second while that process lives, then "gone". Who reads no more ends it, by SIGPIPE
 _HOLD = (
-    "echo;(PATH=$HOME/miniforge3/bin:$HOME/miniconda3/bin:$PATH;if command -v {program} >/dev/null 2>&1;then echo {mark} helpers;"
+    "echo;(PATH=$HOME/miniforge3/bin:$HOME/miniconda3/bin:$PATH;if command -v {program} >/dev/null 2>&1;then echo {mark} helpers ${{REMOTE_HTTP_LAUNCHER_DIR:-$HOME/.remote-http-launcher}};"
     "else echo {mark} bare;fi);while read -r c p s;do while [ $c = w ];do "
     '{{ read -r x </proc/$p/stat;}} 2>/dev/null||break;x="${{x##*) }}";set -- $x;case $1 in Z|X|"")break;;esac;'
     '[ "${{20}}" = $s ]||break;echo .;sleep 1;done;echo gone;done'
@@ -50,6 +50,7 @@ class SshLogin:
     def __init__(self, link: OpenSSHLink, program: str, *, connect_timeout_s: float = 30.0, keepalive_s: int = 5) -> None:
         self.host = link.label
         self.has_program = False
+        self.base = ""  # where that program keeps its state there
         self.guarded = ""  # what the host said instead of running a command
         self.has_shell = True  # that `watch` can be asked of
         self._link = link
@@ -93,7 +94,8 @@ class SshLogin:
         while (line := self.read_line(until - time.monotonic())) is not None:
             words = line.split()
             if words[:1] == [self._mark]:
-                self.has_program = words[1:] == ["helpers"]
+                self.has_program = words[1:2] == ["helpers"]
+                self.base = line.split(" ", 2)[2].strip() if len(words) > 2 else ""
                 return
         self._read_stderr()
         said = tail(self._stderr.decode("utf-8", "replace"), 6)

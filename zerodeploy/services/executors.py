@@ -126,7 +126,8 @@ class HelperExecutor(Executor):
         self._keep_login = keep_login
 
     def status_file(self, key: str) -> str:
-        return f"~/.remote-http-launcher/server/{key}.json"
+        base = self._login.base if self._login.base.startswith("/") else "~/.remote-http-launcher"
+        return f"{base}/server/{key}.json"
 
     def close(self) -> None:
         if not self._keep_login:

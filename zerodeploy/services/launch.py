@@ -264,7 +264,7 @@ class Launcher:
             executor.ask("conda", wanted=data["conda"], target=target)
         state: dict[str, Any] = executor.ask(
             "launch", key=self.config.key, workdir=self.config.workdir, argv=words, network_interface=self.config.network_interface,
-            parameters=data.get("file_parameters"), meta=data.get("meta"), conda=data.get("conda"), target=target, **self.config.settings,
+            parameters=data.get("file_parameters"), meta=data.get("meta"), conda=data.get("conda"), target=target, placeholder="", **self.config.settings,
         )  # fmt: skip
         self.observer.step("launch", "started" if state["launched"] else "somebody else has started it")
         warning = state.pop("warning", "")
