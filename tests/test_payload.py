@@ -340,8 +340,8 @@ def test_the_second_process_builds_nothing(tmp_path):
     assert [one.name for one in path.parent.iterdir() if not one.name.endswith(".pyc")] == [path.name]
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1], lambda data: data[:9] + b"x" + data[10:],
-                                    lambda data: data[:-9] + b"x" + data[-8:]])  # fmt: skip
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1], lambda data: data[:9] + bytes([data[9] ^ 1]) + data[10:],
+                                    lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]])  # fmt: skip
 def test_what_is_stale_or_damaged_is_built_again(tmp_path, damage):
     _, path = kept_by_a_process(tmp_path)
     good = path.read_bytes()
