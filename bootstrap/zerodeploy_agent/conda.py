@@ -91,13 +91,12 @@ def _programs(environment: "Mapping[str, str]") -> "Iterator[str]":
 def _asked(program: str, environment: "Mapping[str, str]") -> "Optional[Dict[str, Any]]":
     mamba = "micromamba" in os.path.basename(program)
     told = _json_of([program, "info", "--json"], environment)
-    base = told.get("base environment") if mamba else told.get("root_prefix")
-    envs = _json_of([program, "env", "list", "--json"], environment).get("envs") if base else None
+    base = told.get("base environment" if mamba else "root_prefix")
     if not isinstance(base, str):
         base = _line_of([program, "info", "--base"], environment)
-        envs = _json_of([program, "env", "list", "--json"], environment).get("envs") if base else None
     if not base:
         return None
+    envs = _json_of([program, "env", "list", "--json"], environment).get("envs")
     base = base.split(" (")[0]
     source = "" if mamba else os.path.join(base, "etc/profile.d/conda.sh")
     if source and not os.path.isfile(source):

@@ -14,7 +14,7 @@ from .cleanup import MARK, RELEASED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, Mapping, Optional, Sequence
+    from typing import Any, Dict, Mapping, Sequence
 
 #: of a deployment, to be forgotten by what outlives it
 _OURS = (MARK, "SHIV_ROOT", "PEX_ROOT")
@@ -32,9 +32,9 @@ class FreshError(Exception):
     """It could not be started. The text says why."""
 
 
-def environment(released: bool = True, given: "Optional[Mapping[str, str]]" = None) -> "Dict[str, str]":
+def environment(released: bool = True) -> "Dict[str, str]":
     """Of what is started from here; *released*: without the marks of a deployment, whose end does not end it then."""
-    made = dict(os.environ if given is None else given)
+    made = dict(os.environ)
     if released and MARK in made:
         for name in _OURS:
             made.pop(name, None)

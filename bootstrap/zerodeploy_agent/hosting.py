@@ -15,7 +15,7 @@ from .statefile import FAILED, RUNNING, SERVER, STALE, STARTING, StateError, Sta
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Optional, Tuple
+    from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 READY = "ready"
 _TAIL_LINES = 30
@@ -163,10 +163,16 @@ def addresses(interface: str) -> "List[str]":
     return [bare]
 
 
-def port_of(state: "Dict[str, Any]", name: str = "port") -> "Optional[int]":
+def port_of(state: "Mapping[str, Any]", name: str = "port") -> "Optional[int]":
     """The port, or None for what is none."""
     port = state.get(name)
     return port if isinstance(port, int) and not isinstance(port, bool) and 0 < port < 65536 else None
+
+
+def ports_of(state: "Mapping[str, Any]") -> "Dict[str, int]":
+    """All of its ports, by field."""
+    found = {name: port_of(state, name) for name in statefile.port_names(state)}
+    return {name: port for name, port in found.items() if port is not None}
 
 
 def probe(state: "Dict[str, Any]", handshake: "Optional[str]") -> str:
@@ -186,8 +192,7 @@ def answering(state: "Dict[str, Any]", handshake: "Optional[str]") -> "Tuple[str
         if not wrong:
             if handshake is None:
                 return address, ""
-            shown = "[%s]" % address if ":" in address else address
-            url = "http://%s:%d%s" % (shown, port, handshake)
+            url = services.url_of(address, port, handshake)
             wrong = services.handshake(url, _PROBE_S)[1]
             if not wrong:
                 return address, ""
@@ -202,8 +207,7 @@ def bound(key: str, base: "Optional[str]" = None) -> "Dict[str, Any]":
     state = states.read(key)
     if state is None:
         return {"status": "absent", "ports": {}}
-    names = ["port"] + sorted(name for name in state if name.endswith("_port"))
-    ports = {name: port_of(state, name) for name in names if port_of(state, name) is not None}
+    ports = ports_of(state)
     address = answering(state, None)[0] if "port" in ports else ""
     supervisor = state.get("supervisor")
     return {"status": statefile.status_of(state), "ports": ports, "address": address, "pid": state.get("pid"),
@@ -278,21 +282,13 @@ def _kills(roots: str) -> bool:
     return kills
 
 
-def stop(key: str, base: "Optional[str]" = None) -> str:
-    return services.stop(key, base)
-
-
 def remove(key: str, base: "Optional[str]" = None) -> "Optional[str]":
     """Remove the state file, not the log: its path, or None where there was none."""
     states = States(SERVER, base)
     return states.path(key) if states.remove(key) else None
 
 
-def conda_setup(wanted: str, target: str, base: "Optional[str]" = None) -> "Dict[str, Any]":
-    return conda.prefix_or_refresh(wanted, target, base)
-
-
 ACTIONS: "Dict[str, Callable[..., Any]]" = {
-    "look": look, "launch": launch, "await_ready": await_ready, "bound": bound, "rows": rows, "log_piece": log_piece, "stop": stop,
-    "remove": remove, "conda": conda_setup, "clear": services.clear, "persistent": services.persistent,
+    "look": look, "launch": launch, "await_ready": await_ready, "bound": bound, "rows": rows, "log_piece": log_piece, "stop": services.stop,
+    "remove": remove, "conda": conda.prefix_or_refresh, "clear": services.clear, "persistent": services.persistent,
 }  # fmt: skip

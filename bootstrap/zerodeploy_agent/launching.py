@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 _LOCK_S = 60.0
+#: in front of the text of a command that needs a shell
+BASH = ("/bin/bash", "-c")
 _children: "List[int]" = []
 #: becomes the service when its state file is there, and ends when that will never be; the pid stays
 _GATE = 'read _ || exit 1; exec "$@" </dev/null'
@@ -145,7 +147,7 @@ def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") 
     """Start it, with the key's lock held; its state, which has *more*. Raises OSError; then nothing is left running."""
     states, log = wanted.states, wanted.states.log_path(wanted.key)
     state: "Dict[str, Any]" = {
-        "workdir": wanted.place, "log": log, "command": _shown(wanted.words), "uid": os.geteuid(), "status": STARTING,
+        "workdir": wanted.place, "log": log, "command": shown(wanted.words), "uid": os.geteuid(), "status": STARTING,
         "network_interface": wanted.network_interface, "launched_at": time.time(), **more,
     }  # fmt: skip
     if wanted.parameters is not None:
@@ -197,7 +199,8 @@ def _directory(workdir: str, exact: bool = False) -> str:
     try:
         if exact:
             os.close(open_directory(place, create=True))
-        os.makedirs(place, exist_ok=True)
+        else:
+            os.makedirs(place, exist_ok=True)
     except OSError as error:
         raise ServiceFault("the workdir %s can't be made: %s" % (place, error.strerror)) from None
     if not os.access(place, os.X_OK):
@@ -220,9 +223,10 @@ def _check_program(words: "Sequence[str]", search: str, place: str) -> None:
         raise ServiceFault("there is no program %r%s" % (words[0], "" if "/" in words[0] else " in PATH (%s)" % search))
 
 
-def _shown(words: "Sequence[str]") -> str:
+def shown(words: "Sequence[str]") -> str:
+    """The words as one line, for people and for the state file: the text itself where bash runs it."""
     import shlex
 
-    if list(words[:2]) == ["/bin/bash", "-c"] and len(words) == 3:
+    if tuple(words[:2]) == BASH and len(words) == 3:
         return words[2]
     return " ".join(map(shlex.quote, words))

@@ -197,6 +197,11 @@ def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[st
         )
 
 
+def url_of(host: str, port: int, path: str) -> str:
+    """The http URL; brackets are put around an IPv6 address (RFC 3986, 3.2.2)."""
+    return "http://%s:%d%s" % ("[%s]" % host if ":" in host else host, port, path)
+
+
 def verify_port(host: str, port: int, tries: int = 3, timeout: float = 2.0) -> str:
     """Empty when something accepts connections there, else why not."""
     import socket

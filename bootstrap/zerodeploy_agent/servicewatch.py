@@ -18,7 +18,7 @@ from .cgroups import CgroupError, Cgroups
 from .limits import CONTROLLERS, Enforced, LimitError
 from .procfs import boot_id, start_of
 from .services import ServiceFault
-from .statefile import FAILED, STARTING, StateError
+from .statefile import FAILED, STARTING, StateError, port_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ class Watch:
         return self.state
 
     def _start(self) -> None:
-        enforced = None
         if any(name in CONTROLLERS for name in self.wanted.limits):
             self._cgroups = self._cgroups or Cgroups()
         try:
@@ -124,15 +123,19 @@ class Watch:
         while True:
             for fd, _ in poll.poll(1000):
                 if fd == self._wake:
-                    try:
-                        os.read(self._wake, 512)
-                    except BlockingIOError:
-                        pass
+                    self._woken()
                 elif not self._drain(fd):
                     poll.unregister(fd)
             pid, status = os.waitpid(self.state["pid"], os.WNOHANG)
             if pid:
                 return status
+
+    def _woken(self) -> None:
+        """Take what signals have left in the pipe."""
+        try:
+            os.read(self._wake, 512)
+        except BlockingIOError:
+            pass
 
     def _due(self, status: int) -> bool:
         restart = self.wanted.restart
@@ -157,10 +160,7 @@ class Watch:
         while not self._stopping and time.monotonic() < until:
             select.select([self._wake], [], [], max(0.0, min(1.0, until - time.monotonic())))
             self._drain(self._output)
-            try:
-                os.read(self._wake, 512)
-            except BlockingIOError:
-                pass
+            self._woken()
         if self._stopping:
             return False
         lock = self.wanted.states.lock(self.wanted.key, _LOCK_S)
@@ -197,7 +197,7 @@ class Watch:
                 return
             state.update({"ended": _ending(status), **changes})
             if changes.get("status") == STARTING:
-                for name in [each for each in state if each == "port" or each.endswith("_port")]:
+                for name in port_names(state):
                     del state[name]
             self.wanted.states.write(self.wanted.key, state)
         except (StateError, OSError) as error:

@@ -173,6 +173,11 @@ def status_of(state: "Mapping[str, Any]", live: "Optional[bool]" = None) -> str:
     return status if isinstance(status, str) else MALFORMED
 
 
+def port_names(state: "Mapping[str, Any]") -> "List[str]":
+    """The fields of *state* that name ports: ``port``, then all that end with ``_port``, sorted."""
+    return [name for name in ("port",) if name in state] + sorted(name for name in state if name.endswith("_port"))
+
+
 def identity(pid: int) -> "Dict[str, Any]":
     """What a state file keeps of a process, to know it again."""
     return {"pid": pid, "pid_start": start_of(pid), "boot_id": boot_id()}

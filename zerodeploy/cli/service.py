@@ -47,6 +47,20 @@ def _host_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _silent() -> Any:
+    from zerodeploy.services.observer import Observer
+
+    return Observer(stream=open(os.devnull, "w"))
+
+
+def _tell(settings: Context, value: object, text: str) -> None:
+    """A result, for programs or for people."""
+    if settings.json:
+        say_json(value)
+    else:
+        click.echo(text)
+
+
 def _observer(settings: Context) -> Any:
     from zerodeploy.services.observer import Observer
 
@@ -56,9 +70,8 @@ def _observer(settings: Context) -> Any:
 @contextlib.contextmanager
 def _executor(settings: Context, host: str | None, options: dict[str, Any]) -> Iterator[Executor]:
     from zerodeploy.services.executors import open_executor
-    from zerodeploy.services.observer import Observer
 
-    observer = _observer(settings) if settings.verbose else Observer(stream=open(os.devnull, "w"))
+    observer = _observer(settings) if settings.verbose else _silent()
     with errors_told(settings):
         with open_executor(
             None if host in (None, "local") else host, observer, ssh_options=ssh_words(options), connect_timeout_s=options["connect_timeout"]
@@ -97,6 +110,8 @@ def up(settings: Context, /, words: tuple[str, ...], connection_dir: str | None,
 
     HOST takes the place of the file's ssh_hostname (and of its hostname, where the file has none).
     """
+    from zerodeploy_agent.services import url_of
+
     from zerodeploy.services import launch
     from zerodeploy.services.config import load, of_mapping
 
@@ -120,11 +135,7 @@ def up(settings: Context, /, words: tuple[str, ...], connection_dir: str | None,
                 if isinstance(error.__cause__, ZeroDeployError):
                     raise error.__cause__ from None
                 raise
-        if settings.json:
-            say_json(made)
-        else:
-            name = f"[{made['hostname']}]" if ":" in made["hostname"] else made["hostname"]
-            click.echo(f"http://{name}:{made['port']}/")
+        _tell(settings, made, url_of(made["hostname"], made["port"], "/"))
 
 
 def _config_and_host(words: tuple[str, ...], options: dict[str, Any]) -> tuple[str | None, list[str]]:
@@ -184,11 +195,10 @@ def _services(settings: Context, hosts: tuple[str, ...], probed: bool, options: 
     from zerodeploy.deployment.fanout import fan_out
     from zerodeploy.deployment.progress import Progress
     from zerodeploy.services.executors import open_executor
-    from zerodeploy.services.observer import Observer
 
     specs = specs_of(",".join(wanted), options)
     found: dict[int, list[dict[str, Any]]] = {}
-    quiet = Observer(stream=open(os.devnull, "w"))
+    quiet = _silent()
 
     def look(place: int) -> None:
         spec = specs[place]
@@ -218,11 +228,11 @@ def _services(settings: Context, hosts: tuple[str, ...], probed: bool, options: 
 
 
 def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    from zerodeploy.services.helpers import aligned
+
     shown = [[name.upper().replace("_", "-") for name in columns]]
     shown += [["-" if row.get(name) is None else str(row[name]) for name in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for row in shown:
-        click.echo(" ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    click.echo("\n".join(aligned(shown)))
 
 
 _KEY = click.argument("words", nargs=-1, required=True, metavar="[HOST] KEY")
@@ -240,10 +250,7 @@ def stop(settings: Context, /, words: tuple[str, ...], **options: Any) -> None:
         with _executor(settings, host, options) as executor:
             for key in keys:
                 said = executor.ask("stop", key=key)
-                if settings.json:
-                    say_json({"key": key, "result": said})
-                else:
-                    click.echo(f"{key}: {said}")
+                _tell(settings, {"key": key, "result": said}, f"{key}: {said}")
 
 
 @service.command(cls=HostCommand)
@@ -274,10 +281,7 @@ def rm(settings: Context, /, words: tuple[str, ...], client: bool, server: bool,
                     path = executor.ask("remove", key=key)
                     removed[key] += [path] if path else []
         for key, paths in removed.items():
-            if settings.json:
-                say_json({"key": key, "removed": paths})
-            else:
-                click.echo("\n".join(f"removed {path}" for path in paths) or f"{key}: not found")
+            _tell(settings, {"key": key, "removed": paths}, "\n".join(f"removed {path}" for path in paths) or f"{key}: not found")
 
 
 @service.command(cls=HostCommand)
@@ -296,10 +300,7 @@ def inspect(settings: Context, /, words: tuple[str, ...], **options: Any) -> Non
         if found["state"] is None:
             raise ServiceError(f"no state file for {key!r}", host=executor.host)
         shown = {**found["state"], "json_status": found["state"].get("status"), "status": found["status"]}
-        if settings.json:
-            say_json(shown)
-        else:
-            click.echo(json.dumps(shown, indent=2, sort_keys=True))
+        _tell(settings, shown, json.dumps(shown, indent=2, sort_keys=True))
 
 
 def _one(found: tuple[str | None, list[str]]) -> tuple[str | None, list[str]]:
@@ -343,10 +344,7 @@ def clear(settings: Context, /, words: tuple[str, ...], **options: Any) -> None:
         host, [path] = _one(_host_and(words, options, "PATH"))
         with _executor(settings, host, options) as executor:
             count = executor.ask("clear", path=path)
-        if settings.json:
-            say_json({"path": path, "removed": count})
-        else:
-            click.echo(f"removed {count} item(s) from {path}")
+        _tell(settings, {"path": path, "removed": count}, f"removed {count} item(s) from {path}")
 
 
 @service.group()
@@ -382,8 +380,5 @@ def tunnel_close(settings: Context, /, keys: tuple[str, ...]) -> None:
     with errors_told(settings):
         closed = {key: tunnels.close(key) for key in keys}
         for key, was in closed.items():
-            if settings.json:
-                say_json({"key": key, "closed": was})
-            else:
-                click.echo(f"{key}: {'closed' if was else 'no tunnel'}")
+            _tell(settings, {"key": key, "closed": was}, f"{key}: {'closed' if was else 'no tunnel'}")
     sys.exit(0 if all(closed.values()) else 1)

@@ -56,7 +56,6 @@ class SshLogin:
         self._link = link
         self._mark = os.urandom(8).hex()
         self._buffer = self._stderr = b""
-        self._refused = False
         script = _HOLD.format(program=program, mark=self._mark)
         alive = ["-o", f"ServerAliveInterval={keepalive_s}", "-o", "ServerAliveCountMax=3"]
         began = time.monotonic()

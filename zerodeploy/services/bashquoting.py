@@ -11,11 +11,10 @@ from collections.abc import Mapping
 
 from zerodeploy.errors import TemplateError
 
-__all__ = ["BASH", "SHELLS", "needs_bash", "quoted"]
+__all__ = ["SHELLS", "needs_bash", "quoted"]
 
-BASH = ("/bin/bash", "-c")
 #: programs that read their words again, as a shell does
-SHELLS = re.compile(r"(ba|da|a|z|k|mk|c|tc|fi|r?ba)?sh|ssh")
+SHELLS = re.compile(r"(r?ba|da|a|z|k|mk|c|tc|fi)?sh|ssh")
 _REREADS = re.compile(SHELLS.pattern + r"|eval|let|trap|declare|typeset|local|readonly|unset|mapfile|readarray|\[\[")
 #: commands that only a shell has
 _OF_SHELL = frozenset(
@@ -224,23 +223,19 @@ class _Reader:
             self._take(1)
 
     def _in_single(self, char: str) -> None:
-        if char == "'":
-            self._leave(1)
-        else:
-            self._take(1)
+        self._up_to("'", char)
 
     def _in_ansi(self, char: str) -> None:
-        if char == "\\":
-            self._escaped()
-        elif char == self._quote:
-            self._leave(1)
-        else:
-            self._take(1)
+        self._up_to(self._quote, char, escapes=True)
 
     def _in_ticks(self, char: str) -> None:
-        if char == "\\":
+        self._up_to("`", char, escapes=True)
+
+    def _up_to(self, closing: str, char: str, *, escapes: bool = False) -> None:
+        """In a place where nothing but its end means something, and a backslash with *escapes*."""
+        if escapes and char == "\\":
             self._escaped()
-        elif char == "`":
+        elif char == closing:
             self._leave(1)
         else:
             self._take(1)

@@ -13,20 +13,22 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from zerodeploy_agent.launching import BASH, shown
+
 from zerodeploy.errors import TemplateError
-from zerodeploy.services.bashquoting import BASH, SHELLS, needs_bash, quoted
+from zerodeploy.services.bashquoting import SHELLS, needs_bash, quoted
 from zerodeploy.services.templates import Part, parts
 
-__all__ = ["shown", "shown_plainly", "words"]
+__all__ = ["shown_plainly", "words"]
 
 _SPACES = {" ": "\u2000", "\t": "\u2001", "\n": "\u2028", "\r": "\u2029"}  # whitespace for str.split and strip, not for shlex
 #: high surrogates, which no text has (surrogateescape uses the low ones), stand for the others, and for what stands for spaces
-EMPTY = "\udbff"  # an empty value, which is a word
+_EMPTY = "\udbff"  # an empty value, which is a word
 _SPACES_THEMSELVES = {char: chr(0xD900 + number) for number, char in enumerate(_SPACES.values())}
 _MASKS = {**_SPACES, **{char: chr(0xD800 + ord(char)) for char in "\"'\\"}, **_SPACES_THEMSELVES}
 _BASH_MASKS = {**_MASKS, **{char: chr(0xD800 + ord(char)) for char in "$`;|&<>()*?[]{}~#!=,^"}}
-UNMASKS = {masked: char for char, masked in _BASH_MASKS.items()} | {EMPTY: ""}
-_UNMASK = {ord(masked): char for masked, char in UNMASKS.items()}
+_UNMASKS = {masked: char for char, masked in _BASH_MASKS.items()} | {_EMPTY: ""}
+_UNMASK = {ord(masked): char for masked, char in _UNMASKS.items()}
 _KEPT = {ord(char): masked for char, masked in _SPACES_THEMSELVES.items()}
 
 
@@ -47,7 +49,7 @@ def words(template: str, names: Mapping[str, Any], *, extra: Mapping[str, Any], 
     if shell is None:
         shell = needs_bash("".join("x" if piece.field else piece.text for piece in pieces))
     if shell:
-        return [*BASH, quoted(_masked(template, names, extra, pieces, _BASH_MASKS), UNMASKS)]
+        return [*BASH, quoted(_masked(template, names, extra, pieces, _BASH_MASKS), _UNMASKS)]
     text = _masked(template, names, extra, pieces, _MASKS)
     try:
         found = shlex.split(text)
@@ -66,16 +68,11 @@ def _check_reread(found: list[str]) -> None:
         if SHELLS.fullmatch(word.rpartition("/")[2]) and (
             word.endswith("ssh") or any(re.fullmatch(r"-[a-z]*c", each) for each in rest)
         ):
-            odd = next((char for each in rest for char in each if char in UNMASKS), "")
+            odd = next((char for each in rest for char in each if char in _UNMASKS), "")
             if odd:
                 raise TemplateError(
-                    f"command: a value with {UNMASKS[odd]!r} in it would be read again by {word}: write the command itself, or use env"
+                    f"command: a value with {_UNMASKS[odd]!r} in it would be read again by {word}: write the command itself, or use env"
                 )
-
-
-def shown(found: list[str]) -> str:
-    """The words as one line, for people: the text itself where bash runs it."""
-    return found[2] if found[:2] == list(BASH) and len(found) == 3 else shlex.join(found)
 
 
 def shown_plainly(found: list[str]) -> str:
@@ -100,9 +97,9 @@ def _one(piece: Part, other: Part, table: dict[int, str]) -> str:
     if not isinstance(piece.value, str):
         return piece.text.translate(table)
     if piece.text == repr(piece.value):  # {name!r}
-        return piece.value.translate(table) or EMPTY
+        return piece.value.translate(table) or _EMPTY
     if not piece.text:
-        return EMPTY if piece.direct else ""
+        return _EMPTY if piece.direct else ""
     if piece.text == other.text:  # the template's own
         return piece.text.translate(_KEPT)
     return other.text if other.text.translate(_UNMASK) == piece.text else piece.text.translate(table)

@@ -5,6 +5,7 @@ Every error names the file, the line and the field.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import yaml
 from zerodeploy_agent import statefile
 
 from zerodeploy.errors import ConfigError, TemplateError
+from zerodeploy.services.observer import LEVELS
 from zerodeploy.services.templates import evaluate
 
 __all__ = ["Config", "digest_of", "load", "of_mapping", "schema"]
@@ -40,7 +42,7 @@ class Config:
     @property
     def names(self) -> dict[str, Any]:
         """What templates can use by name, and all of it as ``config``."""
-        return {"network_interface": DEFAULT_INTERFACE, **self.data}
+        return _with_defaults(self.data)
 
     @property
     def workdir(self) -> str:
@@ -120,8 +122,8 @@ class Config:
 
     def check_level(self, level: object) -> None:
         """Raises `ConfigError` for no level of `Observer`."""
-        if level not in ("minimal", "basic", "debug"):
-            raise _error(self.source, self._lines, ("log_level",), f"it must be one of minimal, basic, debug; not {level!r}")
+        if level not in LEVELS:
+            raise _error(self.source, self._lines, ("log_level",), f"it must be one of {', '.join(LEVELS)}; not {level!r}")
 
     def placed(self, error: ConfigError, name: str) -> ConfigError:
         """*error* of the field's template, with the file and the line."""
@@ -174,6 +176,10 @@ def of_mapping(data: Mapping[str, Any]) -> Config:
     return _made(data, "", {})
 
 
+def _with_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {"network_interface": DEFAULT_INTERFACE, **data}
+
+
 def _made(data: Any, source: str, lines: Mapping[tuple[str | int, ...], int]) -> Config:
     if (
         not isinstance(data, Mapping)
@@ -182,9 +188,8 @@ def _made(data: Any, source: str, lines: Mapping[tuple[str | int, ...], int]) ->
     ):
         _check(dict(data) if isinstance(data, Mapping) else data, source, lines)
         raise _error(source, lines, ("key",), "it must be a string")
-    names = {"network_interface": DEFAULT_INTERFACE, **data}
     try:
-        key = evaluate(data["key"], names, name="key")
+        key = evaluate(data["key"], _with_defaults(data), name="key")
         statefile.check_key(key)
     except TemplateError as error:
         _check(dict(data), source, lines)
@@ -222,11 +227,18 @@ def schema() -> dict[str, Any]:
     return made
 
 
+@functools.lru_cache(maxsize=1)
+def _validator() -> Any:
+    import fastjsonschema
+
+    return fastjsonschema.compile(schema(), use_default=False)
+
+
 def _check(data: Any, source: str, lines: Mapping[tuple[str | int, ...], int]) -> None:
     import fastjsonschema
 
     try:
-        fastjsonschema.compile(schema(), use_default=False)(data)
+        _validator()(data)
     except fastjsonschema.JsonSchemaValueException as error:
         path = tuple(int(part) if part.isdigit() else part for part in map(str, error.path[1:]))
         raise _error(source, lines, *_wording(path, error)) from None
@@ -280,6 +292,10 @@ def _brief(value: object) -> str:
     return text if len(text) < 80 else text[:80] + "…"
 
 
+def _place(source: str, line: int) -> str:
+    return f"{source}, line {line}: " if source and line else f"{source}: " if source else ""
+
+
 def _error(source: str, lines: Mapping[tuple[str | int, ...], int], path: tuple[str | int, ...], text: str) -> ConfigError:
     line, at = 0, path
     while not line:
@@ -288,13 +304,11 @@ def _error(source: str, lines: Mapping[tuple[str | int, ...], int], path: tuple[
             break
         at = at[:-1]
     name = ".".join(map(str, path)) or "the configuration"
-    place = f"{source}, line {line}: " if source and line else f"{source}: " if source else ""
-    return ConfigError(f"{place}{name}: {text}", field=name, line=line)
+    return ConfigError(f"{_place(source, line)}{name}: {text}", field=name, line=line)
 
 
 def _placed(
     error: TemplateError, source: str, lines: Mapping[tuple[str | int, ...], int], path: tuple[str | int, ...]
 ) -> TemplateError:
     line = lines.get(path, 0)
-    place = f"{source}, line {line}: " if source and line else f"{source}: " if source else ""
-    return TemplateError(f"{place}{error.args[0]}", position=error.position, field=path[0], line=line)
+    return TemplateError(f"{_place(source, line)}{error.args[0]}", position=error.position, field=path[0], line=line)

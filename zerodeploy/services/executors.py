@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from zerodeploy_agent import conda, hosting
+from zerodeploy_agent import conda, hosting, services
 
 from zerodeploy.control.parts import install
 from zerodeploy.errors import BootstrapError, RemoteCallError, ServiceError, ZeroDeployError
@@ -48,10 +48,6 @@ class Executor(ABC):
     def ask(self, action: str, **options: Any) -> Any:
         """Raises `ServiceError` for what can't be done, `LinkLost` where nobody answers any more."""
 
-    def status_file(self, key: str) -> str:
-        """What a command gets for ``{status_file}``."""
-        return "{status_file}"
-
     def close(self) -> None:  # noqa: B027  there is none to this machine
         """End the connection; services run on."""
 
@@ -60,11 +56,6 @@ class Executor(ABC):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    def _told(self, answer: dict[str, Any]) -> Any:
-        if "fault" in answer:
-            raise ServiceError(answer["fault"], host=self.host)
-        return answer["value"]
 
     def _say(self, action: str, options: dict[str, Any], done: bool = False) -> None:
         words = [_HELPER_NAMES[action], *(str(options[name]) for name in ("key", "path", "wanted") if name in options)]
@@ -76,20 +67,33 @@ class Executor(ABC):
         self.observer.command(self.name, words, done)
 
 
-class LocalExecutor(Executor):
-    """This machine."""
-
-    name = "LocalExecutor"
+class _EngineExecutor(Executor):
+    """One whose requests go to `hosting.asked`, wherever that is."""
 
     def ask(self, action: str, **options: Any) -> Any:
         self._say(action, options)
         try:
-            return self._told(hosting.asked(action, **options))
+            answer = self._asked(action, options)
         finally:
             self._say(action, options, done=True)
+        if "fault" in answer:
+            raise ServiceError(answer["fault"], host=self.host)
+        return answer["value"]
+
+    @abstractmethod
+    def _asked(self, action: str, options: dict[str, Any]) -> dict[str, Any]: ...
 
 
-class AgentExecutor(Executor):
+class LocalExecutor(_EngineExecutor):
+    """This machine."""
+
+    name = "LocalExecutor"
+
+    def _asked(self, action: str, options: dict[str, Any]) -> dict[str, Any]:
+        return hosting.asked(action, **options)
+
+
+class AgentExecutor(_EngineExecutor):
     """A host with nothing installed: the agent, over a login that is there."""
 
     def __init__(self, observer: Observer, server: Any, host: str, login: SshLogin | None = None) -> None:
@@ -102,14 +106,12 @@ class AgentExecutor(Executor):
             self.close()
             raise
 
-    def ask(self, action: str, **options: Any) -> Any:
-        self._say(action, options)
+    def _asked(self, action: str, options: dict[str, Any]) -> dict[str, Any]:
         try:
-            return self._told(self._server.call("zerodeploy_agent.hosting:asked", action, **options))
+            answer: dict[str, Any] = self._server.call("zerodeploy_agent.hosting:asked", action, **options)
         except RemoteCallError as error:
             raise ServiceError(f"{action} failed there: {error.type_name}: {error.args[0]}", host=self.host) from error
-        finally:
-            self._say(action, options, done=True)
+        return answer
 
     def close(self) -> None:
         self._server.close()
@@ -125,7 +127,7 @@ class HelperExecutor(Executor):
         self.host, self.name, self._login = host, f"SSHExecutor[{host}]", login
         self._keep_login = keep_login
 
-    def status_file(self, key: str) -> str:
+    def _status_file(self, key: str) -> str:
         base = self._login.base if self._login.base.startswith("/") else "~/.remote-http-launcher"
         return f"{base}/server/{key}.json"
 
@@ -169,7 +171,7 @@ class HelperExecutor(Executor):
 
     def _look(self, key: str, handshake: str | None = None) -> dict[str, Any]:
         state = self._state(key)
-        found: dict[str, Any] = {"status_file": self.status_file(key), "said": "", "state": state, "status": "absent"}
+        found: dict[str, Any] = {"status_file": self._status_file(key), "said": "", "state": state, "status": "absent"}
         if state is not None:
             found["status"] = self._row(key).get("status") or "malformed"
             if found["status"] == "running":
@@ -186,8 +188,7 @@ class HelperExecutor(Executor):
             if status == 0:
                 if handshake is None:
                     return ""
-                shown = f"[{address}]" if ":" in address else address
-                url = f"http://{shown}:{port}{handshake}"
+                url = services.url_of(address, port, handshake)
                 status, _, err = self.run(["rhl-handshake", url], ok=(0, 1, 2))
                 return "" if status == 0 else err.strip() or f"GET {url}: no answer with 2xx"
             said = said or err.strip()
@@ -229,8 +230,7 @@ class HelperExecutor(Executor):
         state = self._state(key)
         if state is None:
             return {"status": "absent", "ports": {}}
-        names = ["port", *sorted(name for name in state if name.endswith("_port"))]
-        ports = {name: port for name in names if (port := hosting.port_of(state, name)) is not None}
+        ports = hosting.ports_of(state)
         address = ""
         for each in hosting.addresses(str(state.get("network_interface") or "")):
             if "port" in ports and self.run(["rhl-verify-port", each, str(ports["port"])], ok=(0, 1))[0] == 0:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "allowed", "client_rows", "parse", "parser", "run"]
+__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "aligned", "allowed", "client_rows", "parse", "parser", "run"]
 
 #: set by rhl-guard for what it starts
 GUARDED = "RHL_GUARDED"
@@ -105,10 +105,14 @@ def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _table(rows: list[list[str]]) -> None:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of a table."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print(" ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    return [" ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _table(rows: list[list[str]]) -> None:
+    print("\n".join(aligned(rows)))
 
 
 # looking

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zerodeploy_agent import hosting, services
+from zerodeploy_agent import hosting, launching, services
 from zerodeploy_agent.statefile import CLIENT, StateError, States
 
 from zerodeploy.errors import ConfigError, ServiceError, ZeroDeployError
@@ -159,13 +159,12 @@ class Launcher:
 
     def _answers(self, state: Mapping[str, Any]) -> str:
         """Empty if the service answers where *state* says, else what is wrong."""
-        port, host = hosting.port_of(dict(state)), state.get("hostname")
+        port, host = hosting.port_of(state), state.get("hostname")
         if port is None or not isinstance(host, str):
             return "the connection file has no hostname and port"
         if self.config.handshake is None:
             return services.verify_port(host, port, tries=1)
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{port}{self.config.handshake}"
+        url = services.url_of(host, port, self.config.handshake)
         self.observer.detail(f"local handshake: {url}")
         said = services.handshake(url, _HANDSHAKE_S)[1]
         return f"GET {url}: {said}" if said else ""
@@ -184,16 +183,10 @@ class Launcher:
 
         with open_executor(self.config.ssh_hostname, self.observer, ssh_options=self.ssh_options) as executor:
             state = self.bring_up(executor)
-        connection: dict[str, Any] = {"hostname": self.config.hostname, "port": state["port"], **self.further(state)}
+        connection: dict[str, Any] = {"hostname": self.config.hostname, **hosting.ports_of(state)}
         if self.config.ssh_hostname is not None:
             connection["ssh_hostname"] = self.config.ssh_hostname
         return self.finish(state, connection)
-
-    @staticmethod
-    def further(state: Mapping[str, Any]) -> dict[str, int]:
-        """The service's other ports, by field."""
-        ports = {name: hosting.port_of(dict(state), name) for name in sorted(state) if name.endswith("_port")}
-        return {name: port for name, port in ports.items() if port is not None}
 
     def finish(self, state: Mapping[str, Any], connection: dict[str, Any]) -> dict[str, Any]:
         """Look at the service from here, then write the connection file. Raises `ServiceError` if it can't be reached."""
@@ -233,7 +226,7 @@ class Launcher:
         """What a later launcher compares its own description with."""
         settings = self.config.settings
         return {
-            "digest": self.config.digest(), "host": self.config.ssh_hostname, "command": command.shown(self.words("{status_file}")),
+            "digest": self.config.digest(), "host": self.config.ssh_hostname, "command": launching.shown(self.words("{status_file}")),
             "workdir": self.config.workdir, "network_interface": self.config.network_interface, "conda": self.config.data.get("conda"),
             "file_parameters": self.config.data.get("file_parameters"),
             **{name: digest_of(settings[name]) if name in settings else "" for name in ("env", "limits", "restart", "log")},
@@ -245,7 +238,7 @@ class Launcher:
         found = executor.ask("look", key=key, handshake=handshake)
         status, known = found["status"], found["state"]
         self.observer.step("remote_check", "missing" if status == "absent" else status)
-        words = self.words(executor.status_file(key) if executor.status_file(key) != "{status_file}" else found["status_file"])
+        words = self.words(found["status_file"])
         if status == "running" and not found["said"]:
             return {**known, "launched": False, "drift": self._drift(known, words)}
         if status in ("running", "starting"):
@@ -306,7 +299,7 @@ class Launcher:
         """What of a running service's state is not as it would be launched now."""
         own = f"~/.remote-http-launcher/server/{self.config.key}.json"
         path = os.path.join(os.path.dirname(str(state.get("log", ""))), f"{self.config.key}.json")
-        wanted = {"command": command.shown([word.replace(own, path) for word in words]), "network_interface": self.config.network_interface,
+        wanted = {"command": launching.shown([word.replace(own, path) for word in words]), "network_interface": self.config.network_interface,
                   "parameters": self.config.data.get("file_parameters")}  # fmt: skip
         drift = [name for name, value in wanted.items() if name in state and state[name] != value]
         place = str(state.get("workdir", ""))

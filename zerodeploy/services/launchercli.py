@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from zerodeploy.errors import ServiceError
+from zerodeploy.services.observer import LEVELS
 
 __all__ = ["main", "run_cli"]
 
@@ -20,9 +21,7 @@ def _options() -> argparse.ArgumentParser:
     made.add_argument("config", help="YAML file that describes the service")
     made.add_argument("--connection-dir", metavar="DIR", help="where connection files are; default ~/.remote-http-launcher/client")
     made.add_argument("--dry-run", action="store_true", help="print the evaluated command and contact nobody")
-    made.add_argument(
-        "--log-level", choices=("minimal", "basic", "debug"), help="default: the configuration's log_level, or minimal"
-    )
+    made.add_argument("--log-level", choices=LEVELS, help="default: the configuration's log_level, or minimal")
     made.add_argument("--log-file", metavar="FILE", help="add the steps to FILE")
     made.add_argument("--debug-log-file", metavar="FILE", help="add steps and commands to FILE")
     return made

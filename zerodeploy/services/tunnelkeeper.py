@@ -176,8 +176,8 @@ class Keeper:
         lock = states.lock(key, 30.0)
         try:
             state = states.read(key)
-            if state is not None and (state.get("tunnel") or {}).get("pid") == os.getpid():
-                states.write(key, {**state, **self.local})
+            if _is_ours(state):
+                states.write(key, {**(state or {}), **self.local})
         finally:
             os.close(lock)
 
@@ -222,7 +222,7 @@ class Keeper:
         states, key = self.launcher.states, self.config.key
         with contextlib.suppress(statefile.StateError, OSError):
             state = states.read(key)
-            if state is not None and (state.get("tunnel") or {}).get("pid") == os.getpid():
+            if _is_ours(state):
                 states.remove(key)
 
     def close(self) -> None:
@@ -230,6 +230,11 @@ class Keeper:
             self.login.close()
         for sock in self._held:
             sock.close()
+
+
+def _is_ours(state: dict[str, Any] | None) -> bool:
+    """Whether a connection file is about this tunnel."""
+    return state is not None and (state.get("tunnel") or {}).get("pid") == os.getpid()
 
 
 def _free_port() -> int:

@@ -10,15 +10,13 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from zerodeploy_agent import statefile
-from zerodeploy_agent.procfs import has_ended, pidfd_open
+from zerodeploy_agent import services, statefile
 from zerodeploy_agent.statefile import CLIENT, States
 
 from zerodeploy.errors import ServiceError
@@ -115,29 +113,13 @@ def _end_old(states: States, key: str) -> None:
         _end(state.get("tunnel"))
 
 
-def _end(keeper: Any) -> bool:
-    """Whether that process was there. It is held by a descriptor before it is signalled."""
-    if not isinstance(keeper, dict) or not statefile.lives(keeper):
-        return False
-    fd = pidfd_open(keeper["pid"])
-    try:
-        if not statefile.lives(keeper):
-            return False
-        for number, limit_s in ((signal.SIGTERM, _CLOSE_S), (signal.SIGKILL, 2.0)):
-            os.kill(keeper["pid"], number)
-            until = time.monotonic() + limit_s
-            while statefile.lives(keeper) and not (fd >= 0 and has_ended(fd)):
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.01)
-            else:
-                return True
-        return True
-    except ProcessLookupError:
-        return True
-    finally:
-        if fd >= 0:
-            os.close(fd)
+def _end(keeper: Any) -> None:
+    """End that process and its ssh, if it is the one that it was."""
+    if isinstance(keeper, dict) and statefile.lives(keeper):
+        try:
+            services.end_tree([keeper["pid"]], _CLOSE_S)
+        except services.ServiceFault as fault:
+            raise ServiceError(str(fault)) from None
 
 
 def listed(states: States | None = None) -> Iterator[dict[str, Any]]:
@@ -147,7 +129,7 @@ def listed(states: States | None = None) -> Iterator[dict[str, Any]]:
         keeper = state.get("tunnel")
         if wrong or not isinstance(keeper, dict):
             continue
-        ports = {name: port for name, port in state.items() if name == "port" or name.endswith("_port")}
+        ports = {name: state[name] for name in sorted(statefile.port_names(state))}
         status = "open" if statefile.lives(keeper) else "dead"
         yield {"key": key, "ssh_host": state.get("tunneled-host"), "ports": ports, "pid": keeper.get("pid"), "status": status}
 
