@@ -111,5 +111,7 @@ def an_sshd(
             forced = f'command="{Path(sys.executable).parent}/rhl-guard {guard}",restrict,port-forwarding,'
             authorized.write_text(forced + authorized.read_text())
         place.use(server)
-        yield server
-        place.end()
+        try:
+            yield server
+        finally:
+            place.end()
