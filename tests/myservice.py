@@ -27,6 +27,13 @@ def main() -> None:
     made.add_argument("--second-port", action="store_true")
     made.add_argument("--status", type=int, default=200)
     made.add_argument("--children", action="store_true", help="start one that ignores SIGTERM in a session of its own")
+    made.add_argument(
+        "--orphan", action="store_true", help="start one that no parent and no session leads to, and that ignores SIGTERM"
+    )
+    made.add_argument("--daemon", action="store_true", help="go on as a process that no parent leads to")
+    made.add_argument("--report", help="the status that it reports")
+    made.add_argument("--spoil", help="what becomes of the state file then: gone, directory, fifo, or its text")
+    made.add_argument("--fail-until", type=int, default=0, help="end with status 3 before it reports, so many starts")
     made.add_argument("--lines", type=int, help="then write that many numbered lines")
     made.add_argument("--show", help="print this variable of the environment")
     made.add_argument("workdir", nargs="*")
@@ -34,6 +41,16 @@ def main() -> None:
     print("args", json.dumps(given.workdir), flush=True)
     if given.show:
         print(f"{given.show}={os.environ.get(given.show)}", flush=True)
+    if given.fail_until:
+        with open("starts", "a+", encoding="ascii") as starts:
+            starts.write("x")
+            starts.seek(0)
+            if len(starts.read()) <= given.fail_until:
+                sys.exit(3)
+    if given.daemon and os.fork():
+        os._exit(0)
+    if given.daemon:
+        os.setsid()
     until = time.monotonic() + given.delay
     while time.monotonic() < until:
         if not given.silent:
@@ -66,7 +83,7 @@ def main() -> None:
     server = listening()
     with open(given.status_file, encoding="utf-8") as file:
         state = {} if given.only else json.load(file)
-    state["status"] = "failed" if given.fail else "running"
+    state["status"] = given.report or ("failed" if given.fail else "running")
     if not given.fail:
         state["port"] = server.server_address[1]
     if given.second_port:
@@ -80,6 +97,11 @@ def main() -> None:
         child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
         assert child.stdout and child.stdout.readline()
         state["child"] = child.pid
+    if given.orphan:
+        code = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); open('orphan', 'w').write(str(__import__('os').getpid()) + '\\n'); time.sleep(1000)"
+        subprocess.run(["sh", "-c", 'setsid "$@" & exit 0', "sh", sys.executable, "-c", code], check=True)
+        while not os.path.exists("orphan") or not open("orphan").read().endswith("\n"):
+            time.sleep(0.01)
     text = json.dumps(state)
     if given.torn:
         with open(given.status_file, "w", encoding="utf-8") as file:
@@ -91,6 +113,15 @@ def main() -> None:
         with open(given.status_file + ".new", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(given.status_file + ".new", given.status_file)
+    if given.spoil:
+        os.unlink(given.status_file)
+        if given.spoil == "directory":
+            os.mkdir(given.status_file)
+        elif given.spoil == "fifo":
+            os.mkfifo(given.status_file)
+        elif given.spoil != "gone":
+            with open(given.status_file, "w", encoding="utf-8") as file:
+                file.write(given.spoil.replace("empty", ""))
     if given.lines:
         for number in range(given.lines):
             print(f"line {number:08d}")

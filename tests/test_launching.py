@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from zerodeploy_agent import launching, services, statefile
+from zerodeploy_agent.instances import Instance
 from zerodeploy_agent.launching import launch
 from zerodeploy_agent.services import ServiceFault
 from zerodeploy_agent.statefile import SERVER, StateError, States
@@ -61,7 +62,7 @@ def test_a_service_finds_its_state_file(base, tmp_path):
         and now["network_interface"] == "0.0.0.0"
     )  # type: ignore[index]
     assert (base / "server" / "k.log").read_text() == f'state True starting {tmp_path}/new/place \'\'\n["$(id)", "a b"] é\n'
-    assert statefile.status_of(now) == "running" and str(base / "server" / "k.json") in state["command"]  # type: ignore[arg-type]
+    assert Instance(States(SERVER), "k").status() == "running" and str(base / "server" / "k.json") in state["command"]  # type: ignore[arg-type]
     again = start("k", tmp_path)
     assert not again["launched"] and again["pid"] == state["pid"] and again["port"] == 4711
     assert services.stop("k", grace=1) == "stopped" and not alive(state["pid"])
@@ -117,7 +118,7 @@ def test_a_launcher_that_is_killed_before_the_state_leaves_nothing_running(base,
 
 def test_a_service_that_dies_is_stale_and_its_log_stays(base, tmp_path):
     launch("k", str(tmp_path), ["sh", "-c", "echo last words >&2; exit 3"])
-    wait_until(lambda: statefile.status_of(States(SERVER).read("k") or {}) == "stale", 10, "it is seen")
+    wait_until(lambda: Instance(States(SERVER), "k").status() == "stale", 10, "it is seen")
     assert b"".join(services.log_tail(str(base / "server" / "k.log"))) == b"last words\n"
     code = "import sys; from zerodeploy.services.helpers import run; sys.exit(run('rhl-ps', ['--json']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)

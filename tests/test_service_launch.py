@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from zerodeploy_agent import hosting, launching, statefile
 from zerodeploy_agent import services as engine
+from zerodeploy_agent.instances import Instance
 from zerodeploy_agent.statefile import SERVER, States
 
 from tests.conftest import PYTHONS, alive, client_process, wait_until
@@ -331,7 +332,7 @@ def test_stop_ends_a_service_that_would_be_restarted(where, place):
     assert state is not None
     assert engine.stop("k", str(where[1]), grace=1) == "stopped"
     assert not any(alive(pid) for pid in (state["pid"], state["supervisor"]["pid"], state["child"]))
-    assert statefile.status_of(states.read("k") or {}) == "stale"
+    assert Instance(states, "k").status() == "stale"
 
 
 def test_while_a_restart_is_due_nobody_launches_another(place):
@@ -340,7 +341,7 @@ def test_while_a_restart_is_due_nobody_launches_another(place):
     states = States(SERVER)
     crash(states)
     wait_until(lambda: "restart_at" in (states.read("k") or {}), 10, "it has crashed")
-    assert statefile.status_of(states.read("k") or {}) == "starting"
+    assert Instance(states, "k").status() == "starting"
     with pytest.raises(ServiceError, match="not ready"):
         run({**config, "start_timeout": 0.3})
     assert (place.base / "server" / "k.log").read_text().count("args ") == 1

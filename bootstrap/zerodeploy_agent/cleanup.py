@@ -10,6 +10,7 @@ import time
 UNDO = "undo-"  # links of this name in the private dir lead to half-written files elsewhere
 _HEIR_WAITS_S = 0.2  # for the worker, which mostly notices by itself
 MARK = "ZERODEPLOY_SESSION"  # in the environment of every process of a session, from its first shell on
+SERVICE = "ZERODEPLOY_SERVICE"  # in that of a service and of all that it starts: which launch it is of
 RELEASED = "ZERODEPLOY_RELEASED"  # in that of what outlives it on purpose, with all that it has started
 
 

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 
-from .cleanup import MARK, RELEASED
+from .cleanup import MARK, RELEASED, SERVICE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,8 +33,12 @@ class FreshError(Exception):
 
 
 def environment(released: bool = True) -> "Dict[str, str]":
-    """Of what is started from here; *released*: without the marks of a deployment, whose end does not end it then."""
+    """Of what is started from here; *released*: without the marks of a deployment, whose end does not end it then.
+
+    It is no part of a service either, should that be what starts it.
+    """
     made = dict(os.environ)
+    made.pop(SERVICE, None)
     if released and MARK in made:
         for name in _OURS:
             made.pop(name, None)

@@ -10,8 +10,10 @@ import time
 
 from . import conda, launching, services, statefile
 from .conda import CondaError
+from .instances import Instance, settle
+from .procfs import start_of
 from .services import ServiceFault
-from .statefile import FAILED, RUNNING, SERVER, STALE, STARTING, StateError, States, in_care, lives
+from .statefile import FAILED, RUNNING, SERVER, STALE, STARTING, StateError, States
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ _TAIL_LINES = 30
 _TAIL_BYTES = 8192
 _PROBE_S = 5.0
 _CRASHES = 3  # in a row, of a service that has a restart policy: its launcher waits no longer
-_IDENTITY = ("workdir", "log", "command", "uid", "pid", "pid_start", "boot_id", "network_interface", "launched_at", "supervisor")
 
 
 def asked(action: str, **options: "Any") -> "Dict[str, Any]":
@@ -42,15 +43,14 @@ def asked(action: str, **options: "Any") -> "Dict[str, Any]":
 
 def look(key: str, handshake: "Optional[str]" = None, base: "Optional[str]" = None) -> "Dict[str, Any]":
     """``state`` (None without one), its ``status`` (``absent`` without one), ``status_file``, and where it runs whether it answers:
-    ``said`` is empty then."""
-    states = States(SERVER, base)
-    found: "Dict[str, Any]" = {"status_file": states.path(key), "said": "", "state": states.read(key), "status": "absent"}
-    state = found["state"]
-    if state is not None:
-        found["status"] = statefile.status_of(state)
-        if found["status"] == RUNNING:
-            found["said"] = probe(state, handshake)
-    return found
+    ``said`` is empty then. Raises `StateError` for a file of no use, if the service does not live."""
+    service = Instance(States(SERVER, base), key)
+    if service.wrong and not service.alive:
+        raise StateError(service.wrong)
+    state = service.known if service.state is not None or service.wrong else None
+    status = service.status()
+    said = probe(state, handshake) if state is not None and status == RUNNING else service.wrong
+    return {"status_file": service.states.path(key), "said": said, "state": state, "status": status}
 
 
 def launch(**options: "Any") -> "Dict[str, Any]":
@@ -82,57 +82,51 @@ def await_ready(key: str, known: "Dict[str, Any]", handshake: "Optional[str]" = 
 
 
 def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optional[str]") -> "Any":
-    try:
-        state = states.read(key)
-    except StateError as error:  # it may be just writing it
-        return (FAILED if not lives(known) else ""), dict(known), str(error)
-    if state is None:
-        if lives(known):
-            return "", dict(known), "its state file is gone"
-        return FAILED, dict(known), "its state file was removed, and it has ended"
-    if "pid" not in state:
-        state = _mended(states, key, known)
-    if state.get("status") == FAILED:
-        return FAILED, state, str(state.get("reason") or state.get("error") or "it says that it has failed")
-    if not in_care(state):
-        again = states.read(key)  # it may have been started again in between
-        if again != state:
+    service = settle(states, key)
+    state = service.known or dict(known)
+    if service.wrong:  # it may be just writing it
+        return ("" if service.alive else FAILED), state, service.wrong
+    if service.state is None:
+        if service.alive:
+            return "", state, "its state file is gone"
+        return FAILED, state, "its state file was removed, and it has ended"
+    if state.get("status") == FAILED and not service.will_restart:
+        said = str(state.get("reason") or state.get("error") or "it says that it has failed")
+        return FAILED, state, said + ("; its process %d lives on, and has to be stopped first" % service.pid if service.pid else "")
+    if not service.in_care:
+        if Instance(states, key).known != state:  # it may have been started again in between
             return "", state, "its state is changing"
-        if state.get("status") == STARTING:
+        heir = service.heir()
+        if not heir and state.get("status") == STARTING:
             return FAILED, _failed(states, key, state), "it has ended before it was running"
-        return STALE, state, "it has ended"
-    if not lives(state):
+        if not heir:
+            return STALE, state, "it has ended"
+        if state.get("status") == STARTING:
+            return "", state, "its first process has ended, another of it (pid %d) goes on" % heir
+    elif not service.pid:
         return "", state, "it has just ended"
     if state.get("status") == STARTING and "restart_at" in state and int(state.get("restarts") or 0) >= _CRASHES:
         return FAILED, state, ("it has ended %s times before it was running, at last with %s; it is tried again until somebody stops it, or "
                                "its restarts are used up" % (state["restarts"], state.get("ended")))  # fmt: skip
     if state.get("status") != RUNNING:
-        return "", state, "it is starting"
+        return "", state, _waiting(state.get("status"))
     said = probe(state, handshake)
     return ("" if said else READY), state, said
 
 
-def _mended(states: States, key: str, known: "Dict[str, Any]") -> "Dict[str, Any]":
-    """The file with what its launch knew and the service has dropped."""
-    lock = states.lock(key, 30.0)
-    try:
-        state = states.read(key) or {}
-        if "pid" not in state:
-            kept = {name: known[name] for name in (*_IDENTITY, "parameters", "meta") if name in known}
-            state = {**kept, **state}
-            states.write(key, state)
-        return state
-    finally:
-        os.close(lock)
+def _waiting(status: object) -> str:
+    if status == FAILED:
+        return "it says that it has failed; it is started again once it has ended"
+    return "it is starting" if status == STARTING else "its status is %.50r" % (status,)
 
 
 def _failed(states: States, key: str, seen: "Dict[str, Any]") -> "Dict[str, Any]":
     """Write down that a start has failed, if the file still says what was seen."""
     lock = states.lock(key, 30.0)
     try:
-        state = states.read(key)
-        if state != seen:
-            return state or seen
+        service = Instance(states, key)
+        if service.known != seen:
+            return service.known or seen
         state = dict(seen, status=FAILED, reason="it has ended before it was running")
         states.write(key, state)
         return state
@@ -203,15 +197,14 @@ def answering(state: "Dict[str, Any]", handshake: "Optional[str]") -> "Tuple[str
 
 def bound(key: str, base: "Optional[str]" = None) -> "Dict[str, Any]":
     """Where its ports are: ``address``, ``ports`` by field (``port``, and all that end with ``_port``), its identity and status."""
-    states = States(SERVER, base)
-    state = states.read(key)
-    if state is None:
-        return {"status": "absent", "ports": {}}
-    ports = ports_of(state)
+    service = Instance(States(SERVER, base), key)
+    state = service.known
+    if not state:
+        return {"status": service.status(), "ports": {}}
+    ports, pid = ports_of(state), service.pid or service.heir()
     address = answering(state, None)[0] if "port" in ports else ""
-    supervisor = state.get("supervisor")
-    return {"status": statefile.status_of(state), "ports": ports, "address": address, "pid": state.get("pid"),
-            "pid_start": state.get("pid_start"), "supervised": isinstance(supervisor, dict) and lives(supervisor)}  # fmt: skip
+    return {"status": service.status(), "ports": ports, "address": address, "pid": pid, "pid_start": start_of(pid),
+            "supervised": bool(service.supervisor)}  # fmt: skip
 
 
 def tail_of(states: States, key: str, lines: int = _TAIL_LINES) -> str:
@@ -282,13 +275,7 @@ def _kills(roots: str) -> bool:
     return kills
 
 
-def remove(key: str, base: "Optional[str]" = None) -> "Optional[str]":
-    """Remove the state file, not the log: its path, or None where there was none."""
-    states = States(SERVER, base)
-    return states.path(key) if states.remove(key) else None
-
-
 ACTIONS: "Dict[str, Callable[..., Any]]" = {
     "look": look, "launch": launch, "await_ready": await_ready, "bound": bound, "rows": rows, "log_piece": log_piece, "stop": services.stop,
-    "remove": remove, "conda": conda.prefix_or_refresh, "clear": services.clear, "persistent": services.persistent,
+    "remove": services.remove, "conda": conda.prefix_or_refresh, "clear": services.clear, "persistent": services.persistent,
 }  # fmt: skip

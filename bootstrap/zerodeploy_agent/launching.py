@@ -8,23 +8,39 @@ import subprocess
 import time
 
 from . import conda, fresh
+from .cleanup import SERVICE
+from .instances import LAUNCH, Instance
 from .limits import CONTROLLERS, Enforced, LimitError
 from .procfs import boot_id, start_of
-from .services import ServiceFault, end_tree, open_directory
-from .statefile import RUNNING, SERVER, STARTING, States, in_care
+from .services import ServiceFault, end, open_directory
+from .statefile import FAILED, SERVER, STARTING, StateError, States
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 _LOCK_S = 60.0
+_FAILED_S = 2.0  # for the end of a service that has said that it failed
+_LEFT_S = 10.0  # between SIGTERM and SIGKILL for what a service that has ended left running
 #: in front of the text of a command that needs a shell
 BASH = ("/bin/bash", "-c")
 _children: "List[int]" = []
 #: becomes the service when its state file is there, and ends when that will never be; the pid stays
 _GATE = 'read _ || exit 1; exec "$@" </dev/null'
 #: what the process that watches a service is made of
-WATCH_NEEDS = ("cgroups", "cleanup", "conda", "fresh", "launching", "limits", "procfs", "services", "statefile")
+WATCH_NEEDS = (
+    "cgroups",
+    "cleanup",
+    "conda",
+    "fresh",
+    "instances",
+    "launching",
+    "limits",
+    "processtree",
+    "procfs",
+    "services",
+    "statefile",
+)
 
 
 class Launch:
@@ -59,6 +75,8 @@ class Launch:
         self.network_interface, self.parameters, self.meta = network_interface, parameters, meta
         self.states = States(SERVER, base)
         self.output: "Optional[int]" = None  # default: the log file itself
+        self.fresh_log = True
+        self.launch_id = os.urandom(16).hex()
 
     @property
     def watched(self) -> bool:
@@ -74,7 +92,7 @@ class Launch:
         self.place = _directory(self.workdir, self.exact)
         path = self.states.path(self.key)
         self.words = [_with_status_file(word, self.key, path, self.placeholder) for word in self.argv]
-        self.environment = {**fresh.environment(), **self.env}
+        self.environment = {**fresh.environment(), **self.env, SERVICE: self.launch_id}
         self.command: "List[str]" = self.words
         search = self.environment.get("PATH", os.defpath)
         if self.conda:
@@ -113,10 +131,13 @@ def wrong_settings(settings: "Mapping[str, Any]") -> str:
 def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "Dict[str, Any]":
     """The state of the service *key*: of the one that runs, or of a new one, ``starting``. Arguments: of `Launch`.
 
+    What a service that has ended left running is ended before there is a new one. A service that lives is left alone whatever its
+    file says; a file that is lost is written anew.
+
     Returns: the state, and ``launched``: whether it was started now.
 
     Raises:
-        StateError: no key, a state file that can't be used, or a lock that somebody holds for a minute.
+        StateError: no key, a lock that somebody holds for a minute, or a state file of no use where no launch has been recorded.
         ServiceFault, CondaError: no program of that name, a directory or a limit that can't be used, no such environment. Nothing
             was started.
         OSError: no room for the state. Nothing is left running.
@@ -124,10 +145,15 @@ def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "
     wanted = Launch(key, workdir, argv, **options)
     lock = wanted.states.lock(key, _LOCK_S)
     try:
-        state = wanted.states.read(key)
-        if state is not None and state.get("status") in (STARTING, RUNNING) and in_care(state):
-            return dict(state, launched=False)
+        found = _settled(wanted.states, key)
+        if found.wrong and not found.record:
+            raise StateError(found.wrong)
+        if found.alive:
+            return dict(found.restore(), launched=False)
         wanted.ready()
+        left = found.roots()
+        if left:
+            end(left, _LEFT_S, found.launches)
         if not wanted.watched:
             return dict(start(wanted), launched=True)
         try:
@@ -143,12 +169,22 @@ def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "
         os.close(lock)
 
 
+def _settled(states: States, key: str) -> Instance:
+    """The service; one that has failed and is about to end has ended."""
+    until = time.monotonic() + _FAILED_S
+    while True:
+        found = Instance(states, key)
+        if found.known.get("status") != FAILED or not found.in_care or time.monotonic() > until:
+            return found
+        time.sleep(0.02)
+
+
 def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") -> "Dict[str, Any]":
     """Start it, with the key's lock held; its state, which has *more*. Raises OSError; then nothing is left running."""
     states, log = wanted.states, wanted.states.log_path(wanted.key)
     state: "Dict[str, Any]" = {
         "workdir": wanted.place, "log": log, "command": shown(wanted.words), "uid": os.geteuid(), "status": STARTING,
-        "network_interface": wanted.network_interface, "launched_at": time.time(), **more,
+        "network_interface": wanted.network_interface, "launched_at": time.time(), LAUNCH: wanted.launch_id, **more,
     }  # fmt: skip
     if wanted.parameters is not None:
         state["parameters"] = dict(wanted.parameters)
@@ -157,7 +193,8 @@ def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") 
     limits = enforced or Enforced(wanted.limits)
     output = wanted.output
     if output is None:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        anew = os.O_TRUNC if wanted.fresh_log else 0
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | anew | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     gate, opener = os.pipe()
     here = open_directory(wanted.place) if wanted.exact else -1
     try:
@@ -166,9 +203,10 @@ def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") 
         limits.started()
         state.update(pid=process.pid, pid_start=start_of(process.pid), boot_id=boot_id())
         try:
+            states.keep_record(wanted.key, state)
             states.write(wanted.key, state)
         except BaseException:
-            end_tree([process.pid], 0)
+            end([process.pid], 0)
             process.wait()
             raise
         os.write(opener, b"\n")

@@ -9,7 +9,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import List, Optional
+    from typing import Iterable, List, Optional
 
 _boot_id: "Optional[str]" = None
 
@@ -70,6 +70,53 @@ def in_group(pid: int, group: int) -> bool:
 def start_of(pid: int) -> str:
     """When the process *pid* was started (proc(5), field 22 of stat, clock ticks since boot); empty where nobody tells."""
     return b"".join(stat_of(pid)[19:20]).decode("ascii")
+
+
+def environment_of(pid: int) -> bytes:
+    """What it was started with, entries ended by NUL each; empty where that may not be seen, and for none."""
+    try:
+        with open("/proc/%d/environ" % pid, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def belongs_to_us(pid: int) -> bool:
+    """Whether there is such a process, of this user."""
+    try:
+        return os.stat("/proc/%d" % pid).st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def age_of(pid: int) -> float:
+    """Seconds since its start; negative where nobody tells."""
+    import time
+
+    start = start_of(pid)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(start) / os.sysconf("SC_CLK_TCK") if start else -1.0
+
+
+def listens(pids: "Iterable[int]", port: int) -> int:
+    """Which of the processes accepts TCP connections at *port*; 0 for none. Of /proc/net/tcp: address, port, state 0A, inode."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            with open("/proc/net/" + table, "rb") as file:
+                for line in file:
+                    words = line.split()
+                    if len(words) > 9 and words[3] == b"0A" and words[1].endswith(b":%04X" % port):
+                        inodes.add("socket:[%s]" % words[9].decode("ascii"))
+        except OSError:
+            continue
+    for pid in pids if inodes else ():
+        try:
+            for name in os.listdir("/proc/%d/fd" % pid):
+                if os.readlink("/proc/%d/fd/%s" % (pid, name)) in inodes:
+                    return pid
+        except OSError:
+            continue
+    return 0
 
 
 def boot_id() -> str:

@@ -6,17 +6,15 @@ The same functions serve the ``rhl-*`` commands where they are installed and the
 from __future__ import annotations
 
 import os
-import select
-import signal
 import stat
 import time
 
-from .procfs import has_ended, pidfd_open, pids, runs, stat_of
-from .statefile import MALFORMED, SERVER, StateError, States, in_care, lives, status_of
+from .instances import Instance
+from .statefile import MALFORMED, SERVER, StateError, States, lives, pid_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+    from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence, Tuple
 
 #: directories that belong to the system, whatever is asked for
 SYSTEM = ("/", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/boot", "/sys", "/proc", "/run", "/var", "/opt", "/dev", "/home", "/root",
@@ -32,106 +30,74 @@ class ServiceFault(Exception):
 def stop(key: str, base: "Optional[str]" = None, grace: float = _STOP_S) -> str:
     """End the service and all that it has started: SIGTERM, *grace* seconds, SIGKILL. Says how it went; the file stays.
 
-    Raises `StateError` for a file that can't be used, `ServiceFault` for a pid that is none or somebody else's.
+    That includes what has left its parent or its session (`processtree.tree`), what a service that has ended left running, and a
+    service whose file was damaged or removed. Raises `StateError` for a file of no use where no launch has been recorded either,
+    `ServiceFault` for a pid that is none or somebody else's.
     """
     states = States(SERVER, base)
+    if not states.knows(key):
+        return "missing state"
     fd = states.lock(key, _LOCK_S)
     try:
-        state = states.read(key)
-        if state is None:
-            return "missing state"
-        pid = state.get("pid")
-        if isinstance(pid, bool) or not isinstance(pid, int) or pid <= 1:
-            raise ServiceFault("the state file of %r has no pid that may be signalled: %r" % (key, pid))
-        try:
-            if os.stat("/proc/%d" % pid).st_uid != os.geteuid() and "pid_start" not in state:
-                raise ServiceFault("the process %d of %r belongs to somebody else" % (pid, key))
-        except FileNotFoundError:
-            pass
-        supervisor = state.get("supervisor")
-        roots = [each["pid"] for each in (supervisor, state) if isinstance(each, dict) and lives(each)]
-        if not roots:
-            return "not running"
-        end_tree(roots, grace)
-        return "stopped"
+        found = Instance(states, key)
+        if found.wrong and not found.record:
+            raise StateError(found.wrong)
+        _check_pid(found)
+        roots = found.roots()
+        if roots:
+            end(roots, grace, found.launches)
+        if found.state is None and not found.wrong:
+            states.forget(key)
+            return "stopped" if roots else "missing state"
+        return "stopped" if roots else "not running"
     finally:
         os.close(fd)
 
 
-def end_tree(roots: "Sequence[int]", grace: float) -> None:
-    """SIGTERM to *roots* in their order, their sessions and all below them; SIGKILL to who is left after *grace* seconds.
-
-    Each is held by a descriptor before it is signalled, so that a number that was given away meanwhile is not.
-    """
-    held: "Dict[int, int]" = {}
-    until = time.monotonic() + grace
-    number = signal.SIGTERM
-    tops, leaders = set(roots), set(roots)
+def _check_pid(found: Instance) -> None:
+    if found.state is None or (found.record and "pid" not in found.state):
+        return
+    pid = pid_of(found.state)
+    if not pid:
+        raise ServiceFault("the state file of %r has no pid that may be signalled: %r" % (found.key, found.state.get("pid")))
     try:
-        while True:
-            found = tree(tops, leaders)
-            leaders &= set(found.values())  # the number of a session that is over may be given away
-            for member in [*(each for each in roots if each in found), *sorted(set(found) - set(roots))]:
-                if member not in held:
-                    held[member] = pidfd_open(member)
-                    _signal(member, held[member], number)
-            for member in [each for each, fd in held.items() if _gone(each, fd)]:
-                fd = held.pop(member)
-                if fd >= 0:
-                    os.close(fd)
-            tops = set(held)
-            if not held:
-                return
-            if time.monotonic() > until:
-                if number == signal.SIGKILL:
-                    raise ServiceFault("processes that can't be killed: %s" % ", ".join(map(str, held)))
-                number, until = signal.SIGKILL, time.monotonic() + 5.0
-                for member, fd in held.items():
-                    _signal(member, fd, number)
-            fds = [fd for fd in held.values() if fd >= 0]
-            poll = select.poll()
-            for fd in fds:
-                poll.register(fd, select.POLLIN)
-            poll.poll(50)
+        if os.stat("/proc/%d" % pid).st_uid != os.geteuid() and "pid_start" not in found.state:
+            raise ServiceFault("the process %d of %r belongs to somebody else" % (pid, found.key))
+    except FileNotFoundError:
+        pass
+
+
+def end(roots: "Sequence[int]", grace: float, launches: "Collection[str]" = ()) -> None:
+    """`processtree.end_tree`. Raises `ServiceFault`."""
+    from .processtree import TreeError, end_tree
+
+    try:
+        end_tree(roots, grace, launches)
+    except TreeError as error:
+        raise ServiceFault(str(error)) from None
+
+
+def remove(key: str, base: "Optional[str]" = None) -> "Dict[str, Optional[str]]":
+    """Remove the state file, not the log: ``path``, None where there was none, and ``warning``, where a service runs on.
+
+    Such a one is still known: the next launch of the key finds it, and `stop` ends it. Raises `StateError`, `OSError`.
+    """
+    states = States(SERVER, base)
+    if not states.knows(key):
+        return {"path": None, "warning": ""}
+    fd = states.lock(key, _LOCK_S)
+    try:
+        found = Instance(states, key)
+        warning = ""
+        if found.roots():
+            found.remember()
+            warning = "%r is running still (pid %d): the next launch finds it, stop ends it" % (key, found.roots()[-1])
+        removed = states.remove(key)
+        if not warning:
+            states.forget(key)
+        return {"path": states.path(key) if removed else None, "warning": warning}
     finally:
-        for fd in held.values():
-            if fd >= 0:
-                os.close(fd)
-
-
-def _signal(pid: int, fd: int, number: int) -> None:
-    if not _gone(pid, fd):
-        try:
-            os.kill(pid, number)
-            if number == signal.SIGTERM:
-                os.kill(pid, signal.SIGCONT)
-        except OSError:
-            pass
-
-
-def _gone(pid: int, fd: int) -> bool:
-    return has_ended(fd) if fd >= 0 else not runs(pid)
-
-
-def tree(roots: "Set[int]", leaders: "Set[int]") -> "Dict[int, int]":
-    """Living processes of this user: *roots*, the sessions of *leaders*, and all below them; with the session of each."""
-    parents: "Dict[int, int]" = {}
-    sessions: "Dict[int, int]" = {}
-    for pid in pids():
-        try:
-            if os.stat("/proc/%d" % pid).st_uid != os.geteuid():
-                continue
-        except OSError:
-            continue
-        fields = stat_of(pid)
-        if fields and fields[0] not in (b"Z", b"X"):
-            parents[pid], sessions[pid] = int(fields[1]), int(fields[3])
-    found = {pid for pid in parents if pid in roots or sessions[pid] in leaders}
-    while True:
-        more = {pid for pid, parent in parents.items() if parent in found and pid not in found}
-        if not more:
-            return {pid: sessions[pid] for pid in found if pid != os.getpid()}
-        found |= more
+        os.close(fd)
 
 
 def log_tail(path: str, lines: "Optional[int]" = None) -> "Iterator[bytes]":
@@ -181,20 +147,39 @@ def piece_of(path: str, tail: "Optional[int]", offset: "Optional[int]", most: in
 
 def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[str, Any]]":
     """The services of this host: their states, with ``key``, ``live``, ``json_status`` (what the file says) and ``status``."""
-    for key, state, wrong in States(SERVER, base).all():
+    states = States(SERVER, base)
+    census: "Optional[Dict[str, Any]]" = None
+    for key, state, wrong in states.all():
+        found: "Optional[Instance]" = None
+        live: "Optional[bool]" = None
+        if probed and not wrong and lives(state):
+            live = True
+        elif probed:
+            if census is None:
+                from .processtree import carriers
+
+                census = carriers()
+            found = Instance(states, key, census)
+            state, wrong = found.known if found.state is not None else {}, found.wrong
+            live = found.alive
         if wrong:
-            yield {"key": key, "status": MALFORMED, "port": None, "pid": None, "workdir": None, "log": None, "error": wrong}
+            pid = found.pid or None if found is not None else None
+            yield {
+                "key": key,
+                "status": MALFORMED,
+                "port": None,
+                "pid": pid,
+                "workdir": None,
+                "log": None,
+                "live": live,
+                "error": wrong,
+            }
             continue
-        live = in_care(state) if probed else None
         status = state.get("status")
-        yield dict(
-            state,
-            key=key,
-            status=status_of(state, live) if probed else status,
-            json_status=status,
-            live=live,
-            port=state.get("port"),
-        )
+        shown = status if isinstance(status, str) or not probed else MALFORMED
+        if live is False and found is not None:
+            shown = found.status(False)
+        yield dict(state, key=key, status=shown, json_status=status, live=live, port=state.get("port"))
 
 
 def url_of(host: str, port: int, path: str) -> str:
@@ -429,5 +414,5 @@ def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
 
 
-__all__ = ["SYSTEM", "ServiceFault", "StateError", "check_directory", "clear", "end_tree", "handshake", "log_tail", "persistent", "piece_of", "server_rows", "stop", "tree",
+__all__ = ["SYSTEM", "ServiceFault", "StateError", "check_directory", "clear", "end", "handshake", "log_tail", "persistent", "piece_of", "remove", "server_rows", "stop",
            "verify_port"]  # fmt: skip

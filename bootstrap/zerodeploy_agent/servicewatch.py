@@ -1,7 +1,8 @@
 """The process that looks after one service: starts it again when it has ended, begins a new log when one is full.
 
-It holds the service's output, so nothing that is written is lost when a log is put away. A launch that asks for neither has no such
-process. While a restart is due the state file has this process's pid: the service is starting, and nobody launches a second one.
+Where logs are put away it holds the service's output, so that nothing that is written is lost meanwhile; else the service has the log
+itself, and does not need this process to write. What a service that has ended left running is ended before it is started again. A
+launch that asks for none of this has no such process. While a restart is due the state file has this process's pid: the service is starting, and nobody launches a second one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import time
 
 from . import launching
 from .cgroups import CgroupError, Cgroups
+from .instances import Instance
 from .limits import CONTROLLERS, Enforced, LimitError
-from .procfs import boot_id, start_of
-from .services import ServiceFault
-from .statefile import FAILED, STARTING, StateError, port_names
+from .services import ServiceFault, end
+from .statefile import FAILED, STARTING, StateError, identity, port_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 16
 _LOCK_S = 60.0
 _LINGER_S = 1.0  # for output of what the service has left running
+_LEFT_S = 5.0  # between SIGTERM and SIGKILL for that
 MOST, DELAY_S, MOST_DELAY_S = 10, 1.0, 60.0
 
 
@@ -53,7 +55,7 @@ class Watch:
     def __init__(self, wanted: launching.Launch) -> None:
         self.wanted = wanted
         self.state: "Dict[str, Any]" = {}
-        self._me = {"pid": os.getpid(), "pid_start": start_of(os.getpid()), "boot_id": boot_id()}
+        self._me = {**identity(os.getpid()), "policy": wanted.restart.get("policy", "never")}
         self._stopping = False
         self._restarts = 0
         self._log = -1
@@ -76,6 +78,7 @@ class Watch:
         """The first start; whoever launches holds the key's lock."""
         self.wanted.ready()
         self._open_log(os.O_TRUNC)
+        self.wanted.fresh_log = False
         self._start()
         return self.state
 
@@ -86,13 +89,15 @@ class Watch:
             enforced = Enforced(self.wanted.limits, self._cgroups, "%s-%d" % (self.wanted.key[:60], self._restarts))
         except (LimitError, CgroupError) as error:
             raise ServiceFault(str(error)) from None
-        read, write = os.pipe()
-        os.set_blocking(read, False)
-        self.wanted.output = write  # which is closed there
+        read = -1
+        if self.wanted.log:
+            read, self.wanted.output = os.pipe()  # the latter is closed there
+            os.set_blocking(read, False)
         try:
             self.state = launching.start(self.wanted, enforced, restarts=self._restarts, supervisor=self._me)
         except BaseException:
-            os.close(read)
+            if read >= 0:
+                os.close(read)
             raise
         if self._output >= 0:
             self._drain(self._output)
@@ -119,7 +124,8 @@ class Watch:
     def _await_end(self) -> int:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        poll.register(self._output, select.POLLIN)
+        if self._output >= 0:
+            poll.register(self._output, select.POLLIN)
         while True:
             for fd, _ in poll.poll(1000):
                 if fd == self._wake:
@@ -152,7 +158,7 @@ class Watch:
         restart = self.wanted.restart
         delay = min(restart.get("delay", DELAY_S) * 2**self._restarts, restart.get("most_delay", MOST_DELAY_S))
         self._restarts += 1
-        self._note(status, dict(self._me, status=STARTING, restarts=self._restarts, restart_at=time.time() + delay))
+        self._note(status, dict(identity(os.getpid()), status=STARTING, restarts=self._restarts, restart_at=time.time() + delay))
         self._say(
             "ended with %s; started again in %g s (%d of %d)" % (_ending(status), delay, self._restarts, restart.get("most", MOST))
         )
@@ -161,13 +167,17 @@ class Watch:
             select.select([self._wake], [], [], max(0.0, min(1.0, until - time.monotonic())))
             self._drain(self._output)
             self._woken()
-        if self._stopping:
+        if self._stopping or not os.path.isdir(self.wanted.states.folder):
             return False
         lock = self.wanted.states.lock(self.wanted.key, _LOCK_S)
         try:
-            state = self.wanted.states.read(self.wanted.key)
-            if self._stopping or state is None or state.get("supervisor") != self._me:
+            found = Instance(self.wanted.states, self.wanted.key)
+            if self._stopping or not self._is_ours(found):
                 return False  # the state was removed, or is another launch's
+            left = [pid for pid in found.roots() if pid != os.getpid()]
+            if left:
+                self._say("what it has left running is ended: %s" % ", ".join(map(str, left)))
+                end(left, _LEFT_S, found.launches)
             self._start()
             return True
         except (OSError, ServiceFault, StateError) as error:
@@ -188,23 +198,33 @@ class Watch:
 
     def _note(self, status: int, changes: "Dict[str, Any]", *, locked: bool = False) -> None:
         """Write into the state file how the service has ended, if the file still is about it."""
-        lock = -1
+        states, key, lock = self.wanted.states, self.wanted.key, -1
+        if not os.path.isdir(states.folder):
+            return
         try:
             if not locked:
-                lock = self.wanted.states.lock(self.wanted.key, _LOCK_S)
-            state = self.wanted.states.read(self.wanted.key)
-            if state is None or state.get("supervisor", self._me) != self._me:
+                lock = states.lock(key, _LOCK_S)
+            found = Instance(states, key)
+            if not self._is_ours(found):
                 return
-            state.update({"ended": _ending(status), **changes})
+            state = {**found.known, "ended": _ending(status), **changes}
             if changes.get("status") == STARTING:
                 for name in port_names(state):
                     del state[name]
-            self.wanted.states.write(self.wanted.key, state)
+            states.keep_record(key, state)
+            states.write(key, state)
         except (StateError, OSError) as error:
             self._say(str(error))
         finally:
             if lock >= 0:
                 os.close(lock)
+
+    def _is_ours(self, found: Instance) -> bool:
+        """Whether the state file is there, and of this launch."""
+        return (found.state is not None or bool(found.wrong)) and self._me in (
+            found.known.get("supervisor"),
+            found.record.get("supervisor"),
+        )
 
     # its log
 
@@ -217,7 +237,9 @@ class Watch:
         self._keep(("[zerodeploy] %s\n" % text).encode("utf-8", "replace"))
 
     def _drain(self, fd: int) -> bool:
-        """Take what is there. False at the end."""
+        """Take what is there. False at the end, and where the service has its log itself."""
+        if fd < 0:
+            return False
         try:
             data = os.read(fd, _CHUNK)
         except BlockingIOError:
@@ -228,8 +250,9 @@ class Watch:
     def _drain_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         poll = select.poll()
-        poll.register(self._output, select.POLLIN)
-        while time.monotonic() < until and poll.poll(max(0.0, 1000 * (until - time.monotonic()))):
+        if self._output >= 0:
+            poll.register(self._output, select.POLLIN)
+        while self._output >= 0 and time.monotonic() < until and poll.poll(max(0.0, 1000 * (until - time.monotonic()))):
             if not self._drain(self._output):
                 return
 

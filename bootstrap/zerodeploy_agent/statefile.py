@@ -12,7 +12,7 @@ import os
 import stat
 import time
 
-from .procfs import boot_id, runs, start_of
+from .procfs import belongs_to_us, boot_id, runs, start_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def read_object(path: str, hint: str = "") -> "Optional[Dict[str, Any]]":
     return state
 
 
-def write_object(path: str, value: "Mapping[str, Any]") -> None:
-    """Write JSON for this user alone: to a file beside *path*, synced, then renamed. Raises `OSError`; then *path* is as it was."""
+def write_object(path: str, value: "Mapping[str, Any]", sync: bool = True) -> None:
+    """Write JSON for this user alone: to a file beside *path*, synced, then renamed. Raises `OSError`, which names *path*; then it is
+    as it was. Not *sync*: of no worth after a crash of the system."""
     folder, name = os.path.split(path)
     os.makedirs(folder, 0o700, exist_ok=True)
     temporary = os.path.join(folder, ".%s.%d.%s" % (name, os.getpid(), os.urandom(4).hex()))
@@ -83,13 +84,19 @@ def write_object(path: str, value: "Mapping[str, Any]") -> None:
             view = memoryview((json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii"))
             while view:
                 view = view[os.write(fd, view) :]
-            os.fsync(fd)
+            if sync:
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.replace(temporary, path)
+    except OSError as error:
+        os.unlink(temporary)
+        raise OSError(error.errno, error.strerror, path) from None
     except BaseException:
         os.unlink(temporary)
         raise
+    if not sync:
+        return
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -119,12 +126,46 @@ class States:
         write_object(self.path(key), state)
 
     def remove(self, key: str) -> bool:
-        """Whether there was one. The log stays."""
+        """Whether there was one. The log stays. Raises `StateError` for a directory with something in it, `OSError`."""
+        path = self.path(key)
         try:
-            os.unlink(self.path(key))
+            os.unlink(path)
         except FileNotFoundError:
             return False
+        except (IsADirectoryError, PermissionError):
+            if not os.path.isdir(path) or os.path.islink(path):
+                raise
+            try:
+                os.rmdir(path)
+            except OSError as error:
+                raise StateError("%s is a directory, and can't be removed: %s" % (path, error.strerror)) from None
         return True
+
+    def _record_path(self, key: str) -> str:
+        return os.path.join(self.folder, ".%s.launch" % check_key(key))
+
+    def record(self, key: str) -> "Dict[str, Any]":
+        """What the last launch has written down for launchers alone; the service knows nothing of it. Empty without one."""
+        try:
+            return read_object(self._record_path(key)) or {}
+        except StateError:
+            return {}
+
+    def keep_record(self, key: str, state: "Mapping[str, Any]") -> None:
+        """Raises `OSError`. It is about processes, so nothing of it has to outlive a crash of the system."""
+        write_object(self._record_path(key), state, sync=False)
+
+    def knows(self, key: str) -> bool:
+        """Whether there is a file or a record of it."""
+        return os.path.lexists(self.path(key)) or os.path.lexists(self._record_path(key))
+
+    def forget(self, key: str) -> None:
+        """Remove what is beside the file for launchers alone, the lock too, which the caller has."""
+        for path in (self._record_path(key), self._lock_path(key)):
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
 
     def names(self) -> "List[str]":
         """The keys that there is a file of, sorted."""
@@ -149,28 +190,25 @@ class States:
         """A descriptor that holds the key's lock: who launches or stops has it alone. Raises `StateError` after *timeout* s."""
         import fcntl
 
-        os.makedirs(self.folder, 0o700, exist_ok=True)
-        fd = os.open(
-            os.path.join(self.folder, "." + check_key(key) + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
-        until = time.monotonic() + timeout
+        path, until = self._lock_path(key), time.monotonic() + timeout
         while True:
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    return fd
             except BlockingIOError:
                 if time.monotonic() > until:
                     os.close(fd)
                     raise StateError("somebody else has been launching or stopping %r for %g s" % (key, timeout)) from None
                 time.sleep(0.02)
+            except FileNotFoundError:
+                pass
+            os.close(fd)  # of a file that was removed by who had it before
 
-
-def status_of(state: "Mapping[str, Any]", live: "Optional[bool]" = None) -> str:
-    """The status that the file has, or ``stale`` where that can't be true any more. *live*: of `in_care`, if that was asked."""
-    status = state.get("status")
-    if status in (STARTING, RUNNING) and not (in_care(state) if live is None else live):
-        return STALE
-    return status if isinstance(status, str) else MALFORMED
+    def _lock_path(self, key: str) -> str:
+        return os.path.join(self.folder, ".%s.lock" % check_key(key))
 
 
 def port_names(state: "Mapping[str, Any]") -> "List[str]":
@@ -183,29 +221,19 @@ def identity(pid: int) -> "Dict[str, Any]":
     return {"pid": pid, "pid_start": start_of(pid), "boot_id": boot_id()}
 
 
-def lives(state: "Mapping[str, Any]") -> bool:
-    """Whether the process that *state* speaks of runs: that very one, and this user's.
-
-    A file of an older launcher has a pid alone; it is believed if the process is ours and was started before the file was written
-    (``pid_start`` is missing then).
-    """
+def pid_of(state: "Mapping[str, Any]") -> int:
+    """Its pid; 0 for what is none, or nobody's to signal."""
     pid = state.get("pid")
-    if isinstance(pid, bool) or not isinstance(pid, int) or pid <= 1 or pid >= 1 << 31:
-        return False
-    try:
-        if os.stat("/proc/%d" % pid).st_uid != os.geteuid():
-            return False
-    except OSError:
-        return False
-    if not runs(pid):
-        return False
-    known = state.get("pid_start")
-    return known is None or (known == start_of(pid) and state.get("boot_id") == boot_id())
+    return pid if isinstance(pid, int) and not isinstance(pid, bool) and 1 < pid < 1 << 31 else 0
 
 
-def in_care(state: "Mapping[str, Any]") -> bool:
-    """Whether the process runs, or has just ended and the one that watches it is about to see to that."""
-    if lives(state):
-        return True
-    supervisor = state.get("supervisor")
-    return isinstance(supervisor, dict) and "ended" not in state and lives(supervisor)
+def lives(state: "Mapping[str, Any]") -> bool:
+    """Whether the process that *state* speaks of runs: that very one, by its start and the boot, and this user's.
+
+    A state without them says nothing of anybody: see `instances.Instance`.
+    """
+    pid = pid_of(state)
+    if not pid or not belongs_to_us(pid):
+        return False
+    start = start_of(pid)
+    return bool(start) and runs(pid) and state.get("pid_start") == start and state.get("boot_id") == boot_id()

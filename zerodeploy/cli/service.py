@@ -278,8 +278,10 @@ def rm(settings: Context, /, words: tuple[str, ...], client: bool, server: bool,
         if server or not client:
             with _executor(settings, host, options) as executor:
                 for key in keys:
-                    path = executor.ask("remove", key=key)
-                    removed[key] += [path] if path else []
+                    done = executor.ask("remove", key=key)
+                    removed[key] += [done["path"]] if done["path"] else []
+                    if done["warning"]:
+                        click.echo(f"zerodeploy: {done['warning']}", err=True)
         for key, paths in removed.items():
             _tell(settings, {"key": key, "removed": paths}, "\n".join(f"removed {path}" for path in paths) or f"{key}: not found")
 

@@ -151,17 +151,16 @@ class HelperExecutor(Executor):
             raise ServiceError(f"{words[0]} failed: {said}", host=self.host)
         return done.returncode, out, err
 
-    def _state(self, key: str) -> dict[str, Any] | None:
+    def _state(self, key: str) -> tuple[dict[str, Any] | None, str]:
+        """What the file says, and why it is of no use if it is."""
         status, out, err = self.run(["rhl-inspect", key], ok=(0, 1))
-        if status == 0:
-            state = _object(out)
-            if state is not None:
-                return state
-        elif "no state file" in err:
-            return None
-        raise ServiceError(f"rhl-inspect {key}: {err.strip() or out[:200]}", host=self.host)
+        state = _object(out) if status == 0 else None
+        if state is not None or "no state file" in err:
+            return state, ""
+        return None, f"rhl-inspect {key}: {err.strip() or out[:200]}"
 
     def _row(self, key: str) -> dict[str, Any]:
+        """Of ``rhl-ps``: its status, and what the service has dropped from the file."""
         return next((row for row in self._rows() if row.get("key") == key), {})
 
     def _rows(self, probed: bool = True) -> list[dict[str, Any]]:
@@ -170,12 +169,16 @@ class HelperExecutor(Executor):
         return [row for row in rows if row is not None]
 
     def _look(self, key: str, handshake: str | None = None) -> dict[str, Any]:
-        state = self._state(key)
-        found: dict[str, Any] = {"status_file": self._status_file(key), "said": "", "state": state, "status": "absent"}
-        if state is not None:
-            found["status"] = self._row(key).get("status") or "malformed"
-            if found["status"] == "running":
-                found["said"] = self._probe(state, handshake)
+        state, wrong = self._state(key)
+        found: dict[str, Any] = {"status_file": self._status_file(key), "said": wrong, "state": state, "status": "absent"}
+        if state is None and not wrong:
+            return found
+        row = self._row(key)
+        if wrong and not row.get("live"):
+            raise ServiceError(wrong, host=self.host)
+        found.update(state={**row, **(state or {})}, status=row.get("status") or "malformed")
+        if found["status"] == "running":
+            found["said"] = self._probe(found["state"], handshake)
         return found
 
     def _probe(self, state: dict[str, Any], handshake: str | None) -> str:
@@ -201,21 +204,24 @@ class HelperExecutor(Executor):
         if status:
             said = err.strip().removeprefix("rhl-launch-service: ")
             raise ServiceError(f"rhl-launch-service failed: {said}", host=self.host)
-        state = _object(out) or self._state(options["key"]) or {}
-        return {"launched": True, "warning": err.strip(), **state}
+        state = _object(out) or self._state(options["key"])[0] or {}
+        told = [line for line in err.splitlines() if not line.endswith("is running already")]
+        return {"launched": len(told) == len(err.splitlines()), "warning": "\n".join(told).strip(), **state}
 
     def _await_ready(self, key: str, known: dict[str, Any], handshake: str | None = None, patience: float = 2.0) -> dict[str, Any]:
         until = time.monotonic() + patience
         while True:
-            state = self._state(key)
-            status = "absent" if state is None else self._row(key).get("status", "malformed")
-            state = state or known
-            done, said = "", f"it is {status}"
+            seen, wrong = self._state(key)
+            row = self._row(key) if seen is not None or wrong else {"status": "absent"}
+            status, state = row.get("status") or "malformed", {**row, **seen} if seen is not None else known
+            done, said = "", wrong or f"its status is {status!r}"
             if status == "running":
                 said = self._probe(state, handshake)
-                done = "" if said else hosting.READY
-            elif status in ("failed", "absent", "malformed"):
-                done, said = "failed", str(state.get("reason") or f"its state is {status}")
+                done = "" if said or state.get("status") != status else hosting.READY  # the file may be newer than what was read
+            elif status == "failed" or (status in ("absent", "malformed") and not row.get("live")):
+                done, said = "failed", wrong or str(state.get("reason") or said)
+                if row.get("live"):
+                    said += f"; its process {row.get('pid')} lives on, and has to be stopped first"
             elif status == "stale":
                 done = "failed" if state.get("status") == "starting" else "stale"
                 said = "it has ended before it was running" if done == "failed" else "it has ended"
@@ -227,16 +233,17 @@ class HelperExecutor(Executor):
             time.sleep(_POLL_S)
 
     def _bound(self, key: str) -> dict[str, Any]:
-        state = self._state(key)
-        if state is None:
-            return {"status": "absent", "ports": {}}
+        seen, wrong = self._state(key)
+        if seen is None:
+            return {"status": "malformed" if wrong else "absent", "ports": {}}
+        state = {**(row := self._row(key)), **seen}
         ports = hosting.ports_of(state)
         address = ""
         for each in hosting.addresses(str(state.get("network_interface") or "")):
             if "port" in ports and self.run(["rhl-verify-port", each, str(ports["port"])], ok=(0, 1))[0] == 0:
                 address = each
                 break
-        return {"status": self._row(key).get("status", "malformed"), "ports": ports, "address": address, "pid": state.get("pid"),
+        return {"status": row.get("status", "malformed"), "ports": ports, "address": address, "pid": state.get("pid"),
                 "pid_start": state.get("pid_start"), "supervised": "supervisor" in state}  # fmt: skip
 
     def _log_piece(self, key: str, tail: int | None = None, offset: int | None = None, most: int = 1 << 20) -> dict[str, Any]:
@@ -248,9 +255,13 @@ class HelperExecutor(Executor):
     def _stop(self, key: str) -> str:
         return self.run(["rhl-stop", key])[1].strip().removeprefix(f"{key}: ")
 
-    def _remove(self, key: str) -> str | None:
-        out = self.run(["rhl-rm", key, "--server"])[1].strip()
-        return out.removeprefix("removed ") if out.startswith("removed ") else None
+    def _remove(self, key: str) -> dict[str, str | None]:
+        _, out, err = self.run(["rhl-rm", key, "--server"])
+        out = out.strip()
+        return {
+            "path": out.removeprefix("removed ") if out.startswith("removed ") else None,
+            "warning": err.strip().removeprefix("rhl-rm: "),
+        }
 
     def _conda(self, wanted: str, target: str) -> dict[str, Any]:
         status, out, _ = self.run(["rhl-conda-info"], ok=(0, 1))

@@ -11,6 +11,7 @@ import os
 import sys
 
 from zerodeploy_agent import procfs, services, statefile
+from zerodeploy_agent.instances import settle
 from zerodeploy_agent.services import ServiceFault
 from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
 
@@ -125,6 +126,7 @@ def _inspect_options(made: argparse.ArgumentParser) -> None:
 
 def _inspect(given: Given) -> int:
     states = States(SERVER)
+    settle(states, given.key)
     state = states.read(given.key)
     if state is None:
         return _say("rhl-inspect", f"no state file for {given.key!r}")
@@ -265,9 +267,15 @@ def _rm_options(made: argparse.ArgumentParser) -> None:
 
 def _rm(given: Given) -> int:
     both = given.client == given.server
-    sides = [side for side, wanted in ((CLIENT, given.client), (SERVER, given.server)) if wanted or both]
     for key in given.keys:
-        removed = [States(side).path(key) for side in sides if States(side).remove(key)]
+        removed = []
+        if (given.client or both) and States(CLIENT).remove(key):
+            removed.append(States(CLIENT).path(key))
+        if given.server or both:
+            done = services.remove(key)
+            if done["warning"]:
+                _say("rhl-rm", done["warning"])
+            removed += [done["path"]] if done["path"] else []
         for path in removed:
             print(f"removed {path}")
         if not removed:

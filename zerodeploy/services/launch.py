@@ -303,6 +303,6 @@ class Launcher:
                   "parameters": self.config.data.get("file_parameters")}  # fmt: skip
         drift = [name for name, value in wanted.items() if name in state and state[name] != value]
         place = str(state.get("workdir", ""))
-        if not self.config.workdir.startswith("~") and place != self.config.workdir:
+        if place and not self.config.workdir.startswith("~") and place != self.config.workdir:
             drift.append("workdir")
         return drift

@@ -117,7 +117,7 @@ def _end(keeper: Any) -> None:
     """End that process and its ssh, if it is the one that it was."""
     if isinstance(keeper, dict) and statefile.lives(keeper):
         try:
-            services.end_tree([keeper["pid"]], _CLOSE_S)
+            services.end([keeper["pid"]], _CLOSE_S)
         except services.ServiceFault as fault:
             raise ServiceError(str(fault)) from None
 

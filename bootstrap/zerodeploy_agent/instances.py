@@ -1,0 +1,228 @@
+"""Which processes are the service of a key: by its state file, and by the record that its launch has kept beside it.
+
+The state file is the service's to write: it may drop what it does not know, damage the file or remove it. The record is the
+launchers' own. A number alone is nobody's: a process is known by its start and the boot, or by the launch that it carries in its
+environment; one of an older launcher, whose file has a pid alone, by being older than the file.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from .procfs import age_of, belongs_to_us, boot_id, listens, runs, start_of
+from .statefile import MALFORMED, RUNNING, STALE, STARTING, StateError, States, lives, pid_of, port_names
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Dict, List, Optional, Set
+
+ABSENT = "absent"
+#: what names a launch, in both files
+LAUNCH = "launch_id"
+#: what a service may have dropped, and is put back; not what it says of itself: its status and its ports
+_KEPT = ("workdir", "log", "command", "uid", "pid", "pid_start", "boot_id", "network_interface", "launched_at", "supervisor", "parameters", "meta",
+         LAUNCH)  # fmt: skip
+_SLACK_S = 0.5  # between a file's time and the clock that a process's start is reckoned by
+
+
+class Instance:
+    """The service of *key* as this host knows it, at one moment.
+
+    Attributes:
+        state: of its file; None where there is none, or it is of no use.
+        wrong: why it is of no use, else empty.
+    """
+
+    def __init__(self, states: States, key: str, census: "Optional[Dict[str, Set[int]]]" = None) -> None:
+        """*census*: of `processtree.carriers`, of just now. Raises `StateError` for what is no key."""
+        self.states, self.key, self.wrong = states, key, ""
+        self.state: "Optional[Dict[str, Any]]" = None
+        states.path(key)
+        try:
+            self.state = states.read(key)
+        except StateError as error:
+            self.wrong = str(error)
+        self._record: "Optional[Dict[str, Any]]" = None
+        self._known: "Optional[Dict[str, Any]]" = None
+        self._census = census
+
+    @property
+    def record(self) -> "Dict[str, Any]":
+        """What its launch has written down; empty without a record."""
+        if self._record is None:
+            self._record = self.states.record(self.key)
+        return self._record
+
+    @property
+    def known(self) -> "Dict[str, Any]":
+        """The state, with what the service has dropped of it; without one the record."""
+        if self._known is None:
+            self._known = self._complete()
+        return self._known
+
+    def _complete(self) -> "Dict[str, Any]":
+        state = self.state
+        if state is None:
+            return dict(self.record)
+        if all(name in state for name in ("pid", "pid_start", "boot_id")):
+            return state
+        record = self.record
+        if record and state.get("pid", record.get("pid")) == record.get("pid"):
+            return {**{name: record[name] for name in _KEPT if name in record}, **state}
+        return state
+
+    # who runs
+
+    @property
+    def pid(self) -> int:
+        """Of its own process; 0 where that has ended."""
+        known = self.known
+        if lives(known):
+            return pid_of(known)
+        pid = pid_of(known)
+        if pid and pid != self.record.get("pid") and runs(pid):
+            if pid in self._carriers() or ("pid_start" not in known and self._was_before_the_file(pid)):
+                return pid
+        return pid_of(self.record) if lives(self.record) else 0
+
+    @property
+    def supervisor(self) -> int:
+        """Of the process that watches it; 0 where none does."""
+        for each in (self.known, self.record):
+            watcher = each.get("supervisor")
+            if isinstance(watcher, dict) and lives(watcher):
+                return pid_of(watcher)
+        return 0
+
+    @property
+    def launches(self) -> "Set[str]":
+        """What its processes carry, see `processtree.tree`."""
+        return {each[LAUNCH] for each in (self.known, self.record) if isinstance(each.get(LAUNCH), str) and each[LAUNCH]}
+
+    def _carriers(self) -> "Set[int]":
+        """The processes that carry its launch."""
+        launches = self.launches
+        if not launches or not self._of_this_boot():
+            return set()
+        if self._census is None:
+            from .processtree import carriers
+
+            self._census = carriers()
+        return {pid for launch in launches for pid in self._census.get(launch, ())}
+
+    def _of_this_boot(self) -> bool:
+        return boot_id() in (self.known.get("boot_id"), self.record.get("boot_id"))
+
+    def _was_before_the_file(self, pid: int) -> bool:
+        """Whether it can be the one that a state without ``pid_start`` speaks of: not if its number was given away since."""
+        if not belongs_to_us(pid):
+            return False
+        try:
+            written = os.stat(self.states.path(self.key)).st_mtime
+        except OSError:
+            return False
+        age = age_of(pid)
+        return age >= 0 and time.time() - age <= written + _SLACK_S
+
+    def roots(self) -> "List[int]":
+        """All of its processes that can be named, who watches it first, then its own."""
+        found = [pid for pid in (self.supervisor, self.pid) if pid]
+        return found + sorted(self._carriers() - set(found))
+
+    @property
+    def in_care(self) -> bool:
+        """Whether it runs, or has just ended and the process that watches it is about to see to that."""
+        return bool(self.pid) or ("ended" not in self.known and bool(self.supervisor))
+
+    @property
+    def will_restart(self) -> bool:
+        """Whether the process that watches it starts it again should it end with an error."""
+        watcher = self.known.get("supervisor")
+        return (
+            isinstance(watcher, dict) and watcher.get("policy", "never") != "never" and "ended" not in self.known and lives(watcher)
+        )
+
+    @property
+    def alive(self) -> bool:
+        """`in_care`; or its first process has ended and left others, that are still starting or have its port: a daemon of its own making."""
+        return self.in_care or bool(self.heir())
+
+    def heir(self) -> int:
+        """The process that goes on when the first one has ended, see `alive`; 0 for none."""
+        status, ports = self.known.get("status"), port_names(self.known)
+        if status not in (STARTING, RUNNING):
+            return 0
+        carriers = self._carriers()
+        if status == STARTING or not ports:
+            return min(carriers, default=0) if status == STARTING else 0
+        port = self.known[ports[0]]
+        return listens(carriers, port) if isinstance(port, int) and 0 < port < 65536 else 0
+
+    def status(self, alive: "Optional[bool]" = None) -> str:
+        """What the file says, or ``stale`` where that can't be true any more, ``malformed`` for a file of no use, ``absent``.
+
+        *alive*: if that was asked before.
+        """
+        if self.wrong:
+            return MALFORMED
+        if self.state is None:
+            return ABSENT
+        status = self.state.get("status")
+        if status in (STARTING, RUNNING) and not (self.alive if alive is None else alive):
+            return STALE
+        return status if isinstance(status, str) else MALFORMED
+
+    # its files
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether `settle` has something to do."""
+        if self.state is None:
+            return False
+        dropped = "pid" not in self.state and "pid" in self.known
+        return dropped or (self.state.get("status") == RUNNING and self.record != self.known and self.in_care)
+
+    def restore(self) -> "Dict[str, Any]":
+        """`known`, for a service that lives; where its file is lost, or of no use to a service that has reported, the file is written anew.
+
+        Whoever calls has the lock. Raises `OSError`.
+        """
+        if (self.state is None and not self.wrong) or (self.wrong and self.record.get("status") == RUNNING):
+            self.states.write(self.key, self.known)
+        return self.known
+
+    def remember(self) -> None:
+        """Keep in the record what the state says by now. Whoever calls has the lock. Raises `OSError`."""
+        pid = self.pid
+        state = dict(self.known)
+        if pid and "pid_start" not in state:
+            state.update(pid=pid, pid_start=start_of(pid), boot_id=boot_id())
+        if state != self.record:
+            self.states.keep_record(self.key, state)
+
+
+def settle(states: States, key: str) -> Instance:
+    """The service; what it has dropped from its file is put back, and where it says that it is running is kept in the record.
+
+    What can't be written now stays as it is.
+    """
+    service = Instance(states, key)
+    if not service.unsettled:
+        return service
+    try:
+        lock = states.lock(key, 1.0)
+        try:
+            service = Instance(states, key)
+            if service.unsettled and service.state != service.known:
+                states.write(key, service.known)
+            if service.unsettled:
+                service.remember()
+        finally:
+            os.close(lock)
+    except (StateError, OSError):
+        pass
+    return service
+
+
+__all__ = ["ABSENT", "Instance", "LAUNCH", "settle"]

@@ -1,0 +1,151 @@
+"""A process with all that it has started: found, also where it has left its parent or its session, and ended.
+
+Who belongs to a service carries its launch in the environment (`cleanup.SERVICE`). A process that has wiped its environment, left the
+session and lost its parent is nobody's any more: it is not found.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+from .cleanup import SERVICE
+from .procfs import belongs_to_us, environment_of, has_ended, pidfd_open, pids, runs, start_of, stat_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Collection, Dict, Sequence, Set
+
+
+class Seen:
+    """A process as it was found."""
+
+    __slots__ = ("parent", "session", "start")
+
+    def __init__(self, parent: int, session: int, start: str) -> None:
+        self.parent, self.session, self.start = parent, session, start
+
+
+class TreeError(Exception):
+    """Processes that can't be ended. The text names them."""
+
+
+def tree(roots: "Collection[int]", leaders: "Collection[int]" = (), launches: "Collection[str]" = ()) -> "Dict[int, Seen]":
+    """Living processes of this user, without the caller: *roots*, the sessions of *leaders*, those that carry one of *launches*, with
+    their sessions, and all below them.
+
+    With *launches*, those of another launch, and what is below them, are left out: services that a service has launched.
+    """
+    seen: "Dict[int, Seen]" = {}
+    for pid in pids():
+        fields = stat_of(pid) if belongs_to_us(pid) else []
+        if fields and fields[0] not in (b"Z", b"X"):
+            seen[pid] = Seen(int(fields[1]), int(fields[3]), fields[19].decode("ascii"))
+    found = {pid for pid, each in seen.items() if pid in roots or each.session in leaders}
+    if launches:
+        carried = {pid: _launch_of(pid) for pid in seen}
+        ours = {pid for pid, launch in carried.items() if launch in launches}
+        sessions = {seen[pid].session for pid in ours}  # a session's number stays its own as long as anybody is in it
+        apart = {pid for pid in seen if carried[pid] and pid not in ours}
+        found |= ours | {
+            pid for pid, each in seen.items() if each.session in sessions and each.session in (*ours, *_orphaned(sessions))
+        }
+    else:
+        apart = set()
+    found -= apart
+    while True:
+        more = {pid for pid, each in seen.items() if each.parent in found and pid not in found and pid not in apart}
+        if not more:
+            found.discard(os.getpid())
+            return {pid: seen[pid] for pid in found}
+        found |= more
+
+
+def carriers() -> "Dict[str, Set[int]]":
+    """The living processes of this user that belong to services, by launch."""
+    found: "Dict[str, Set[int]]" = {}
+    for pid in pids():
+        if belongs_to_us(pid):
+            launch = _launch_of(pid)
+            if launch and runs(pid):
+                found.setdefault(launch, set()).add(pid)
+    return found
+
+
+def _launch_of(pid: int) -> str:
+    """What it carries; empty for nothing."""
+    at = b"\0" + environment_of(pid)
+    name = b"\0%s=" % SERVICE.encode("ascii")
+    return at.partition(name)[2].partition(b"\0")[0].decode("ascii", "replace")
+
+
+def _orphaned(sessions: "Set[int]") -> "Set[int]":
+    """Those whose leader has ended."""
+    return {session for session in sessions if not runs(session)}
+
+
+def end_tree(roots: "Sequence[int]", grace: float, launches: "Collection[str]" = ()) -> None:
+    """SIGTERM to *roots* in their order, their sessions and all of `tree`; SIGKILL to who is left after *grace* seconds.
+
+    Each is held by a descriptor before it is signalled, so that a number that was given away meanwhile is not. Returns when nobody is
+    left. Raises `TreeError` where that can't be.
+    """
+    held: "Dict[int, int]" = {}
+    until = time.monotonic() + grace
+    number = signal.SIGTERM
+    tops, leaders = set(roots), set(roots)
+    try:
+        while True:
+            found = tree(tops, leaders, launches)
+            leaders &= {each.session for each in found.values()}  # the number of a session that is over may be given away
+            for member in [*(each for each in roots if each in found), *sorted(set(found) - set(roots))]:
+                if member not in held:
+                    fd = pidfd_open(member)
+                    if start_of(member) != found[member].start:  # it has ended in between
+                        _close(fd)
+                        continue
+                    held[member] = fd
+                    _signal(member, fd, number)
+            for member in [each for each, fd in held.items() if _gone(each, fd)]:
+                _close(held.pop(member))
+            tops = set(held)
+            if not held and not found:
+                return
+            if time.monotonic() > until:
+                if number == signal.SIGKILL:
+                    raise TreeError("processes that can't be killed: %s" % ", ".join(map(str, held)))
+                number, until = signal.SIGKILL, time.monotonic() + 5.0
+                for member, fd in held.items():
+                    _signal(member, fd, number)
+            poll = select.poll()
+            for fd in held.values():
+                if fd >= 0:
+                    poll.register(fd, select.POLLIN)
+            poll.poll(50 if held else 1)
+    finally:
+        for fd in held.values():
+            _close(fd)
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
+
+
+def _signal(pid: int, fd: int, number: int) -> None:
+    if not _gone(pid, fd):
+        try:
+            os.kill(pid, number)
+            if number == signal.SIGTERM:
+                os.kill(pid, signal.SIGCONT)
+        except OSError:
+            pass
+
+
+def _gone(pid: int, fd: int) -> bool:
+    return has_ended(fd) if fd >= 0 else not runs(pid)
+
+
+__all__ = ["Seen", "TreeError", "carriers", "end_tree", "tree"]

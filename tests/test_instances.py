@@ -1,0 +1,423 @@
+"""One service for a key, whatever it does to its file and its processes: never doubled, never left behind, and no stranger signalled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from zerodeploy_agent import hosting, launching, processtree, statefile
+from zerodeploy_agent import services as engine
+from zerodeploy_agent.instances import Instance
+from zerodeploy_agent.statefile import SERVER, StateError, States
+
+from tests.conftest import alive, can_or_skip, wait_until
+from tests.services import a_place, an_sshd
+from tests.test_service_launch import crash, get
+from zerodeploy import ServiceError
+from zerodeploy.services import run
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    with a_place(tmp_path, monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture(params=["local", "agent", "helpers"])
+def where(request, place):
+    """What of a description says where, and the state files there."""
+    if request.param == "local":
+        yield {}, States(SERVER)
+        return
+    with an_sshd(place, helpers=request.param == "helpers") as server:
+        yield {"hostname": "127.0.0.1", "ssh_hostname": server.alias}, States(SERVER, str(server.home / ".remote-http-launcher"))
+
+
+def starts(states: States) -> int:
+    with open(states.log_path("k")) as log:
+        return log.read().count("args ")
+
+
+def own(states: States) -> int:
+    return int(states.record("k")["pid"])
+
+
+def stop(states: States, grace: float = 1.0) -> str:
+    return engine.stop("k", os.path.dirname(states.folder), grace)
+
+
+# a service that lives is not launched again
+
+
+@pytest.mark.parametrize("report", ["failed", "ready"])
+def test_a_living_service_with_another_status(where, place, report):
+    """It has said that it failed, or what nobody knows: it is left alone and told, and stop ends it."""
+    config = place.config(words=f"--report {report}", start_timeout=1, **where[0])
+    states = where[1]
+    said = "its process [0-9]+ lives on" if report == "failed" else "its status is 'ready'"
+    for _ in range(2):
+        with pytest.raises(ServiceError, match=said):
+            run(config)
+    pid = own(states)
+    assert alive(pid) and starts(states) == 1
+    assert stop(states) == "stopped" and not alive(pid)
+    assert alive(get(run(place.config(**where[0])))) and own(states) != pid
+
+
+def test_a_service_that_ends_after_it_has_said_that_it_failed(place):
+    """The next launch does not trip over the one that is just ending."""
+    with pytest.raises(ServiceError, match="says that it has failed"):
+        run(place.config(words="--fail"))
+    pid = own(States(SERVER))
+    os.kill(pid, signal.SIGSTOP)
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {pid}"])
+    assert alive(get(run(place.config()))) and starts(States(SERVER)) == 1
+    killer.wait()
+    assert not alive(pid)
+
+
+@pytest.mark.parametrize("spoil", ["gone", "garbage", "empty", "[]", "fifo", "directory"])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_service_that_spoils_its_file(where, place, spoil, known):
+    """*known*: it was found running before."""
+    states, words = where[1], "" if known else f"--spoil {spoil}"
+    config = place.config(words=words, start_timeout=1.5, **where[0])
+    if known:
+        first = run(config)
+        damage(states.path("k"), spoil)
+        (place.base / "client" / "k.json").unlink()
+    if known and spoil != "directory":
+        assert run(config) == first and states.read("k")["status"] == "running"  # type: ignore[index]
+    else:
+        for _ in range(2):
+            with pytest.raises(ServiceError):
+                run(config)
+    pid = own(states)
+    assert alive(pid) and starts(states) == 1
+    assert stop(states) == "stopped" and not alive(pid)
+    assert engine.remove("k", os.path.dirname(states.folder))["warning"] == ""
+    assert os.listdir(states.folder) == ["k.log"]
+
+
+def damage(path: str, how: str) -> None:
+    os.unlink(path)
+    if how == "directory":
+        os.mkdir(path)
+    elif how == "fifo":
+        os.mkfifo(path)
+    elif how != "gone":
+        with open(path, "w") as file:
+            file.write(how.replace("empty", ""))
+
+
+def test_a_damaged_file_of_nobody_is_told(place):
+    states = States(SERVER)
+    os.makedirs(states.folder)
+    for how in ("garbage", "empty", "[]", "fifo", "directory"):
+        open(states.path("k"), "w").close()
+        damage(states.path("k"), how)
+        for ask in (lambda: run(place.config()), lambda: stop(states)):
+            with pytest.raises((ServiceError, StateError), match="state file .* rhl-rm removes it|can't be read"):
+                ask()
+        assert engine.remove("k")["path"] == states.path("k") and os.listdir(states.folder) == []
+
+
+def test_a_service_that_reports_late_into_a_damaged_file(where, place):
+    """Full disk, half a file: what was promised is kept, the same again waits on."""
+    config = place.config(words="--delay 4 --silent --only", start_timeout=1, **where[0])
+    states = where[1]
+    with pytest.raises(ServiceError, match="the same again waits on"):
+        run(config)
+    pid = own(states)
+    damage(states.path("k"), '{"half')
+    assert get(run({**config, "start_timeout": 20})) == pid and starts(states) == 1
+    assert states.read("k")["pid"] == pid, "what it has dropped is put back"  # type: ignore[index]
+
+
+def test_rm_of_a_running_service_warns_and_the_next_launch_finds_it(where, place):
+    states, config = where[1], place.config(**where[0])
+    first = run(config)
+    pid = get(first)
+    done = subprocess.run([sys.executable, "-m", "zerodeploy", "service", "rm", *([where[0]["ssh_hostname"]] if where[0] else []), "k"],
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0 and f"is running still (pid {pid})" in done.stderr and done.stdout.count("removed ") == 2
+    assert not os.path.exists(states.path("k")) and alive(pid)
+    assert run(config) == first and starts(states) == 1 and states.read("k")["pid"] == pid  # type: ignore[index]
+    engine.remove("k", os.path.dirname(states.folder))
+    assert stop(states) == "stopped" and not alive(pid) and os.listdir(states.folder) == ["k.log"]
+    assert stop(states) == "missing state"
+
+
+# who is signalled
+
+
+def test_a_pid_alone_is_believed_if_its_process_is_older_than_the_file(place):
+    """As older launchers write it. One that has got the number since is a stranger."""
+    states = States(SERVER)
+    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    try:
+        states.write("k", {"status": "running", "pid": process.pid, "port": 1})
+        assert Instance(states, "k").pid == process.pid and Instance(states, "k").status() == "running"
+        os.utime(states.path("k"), (time.time() - 60,) * 2)
+        assert Instance(states, "k").pid == 0 and Instance(states, "k").status() == "stale"
+        assert stop(states) == "not running" and process.poll() is None
+        assert next(engine.server_rows(True))["status"] == "stale"
+        os.utime(states.path("k"))
+        assert stop(states) == "stopped" and process.wait(5) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_file_that_names_a_stranger(place):
+    """Changed by hand, or by the service: the one that was launched is ended, and nobody else."""
+    run(place.config())
+    states, stranger = States(SERVER), subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    try:
+        pid = own(states)
+        for change in ({"pid": stranger.pid}, {**statefile.identity(stranger.pid), "pid_start": "5"}, {"pid": 0}, {"pid": -1}, {"pid": 1}, {"pid": "x"}):  # fmt: skip
+            states.write("k", {**states.record("k"), **change})
+            if statefile.pid_of(change):
+                assert Instance(states, "k").pid == pid
+            else:
+                with pytest.raises(engine.ServiceFault, match="no pid that may be signalled"):
+                    stop(states)
+            assert alive(pid)
+        states.write("k", {**states.record("k"), "pid": stranger.pid})
+        assert stop(states) == "stopped" and not alive(pid) and stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+# all that it has started
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_stop_ends_who_has_left_the_tree(where, place, dead):
+    """*dead*: also when the first process has ended before."""
+    run(place.config(words="--orphan --children", **where[0]))
+    states = where[1]
+    with open(f"{place.root}/data/orphan") as file:
+        orphan = int(file.read())
+    child = states.read("k")["child"]  # type: ignore[index]
+    pid = own(states)
+    if dead:
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not alive(pid), 5, "it ends")
+        assert Instance(states, "k").status() == "stale" and alive(orphan) and alive(child)
+    assert stop(states, 0.3) == "stopped"
+    assert not any(alive(each) for each in (pid, orphan, child))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_a_dead_service_has_left_is_ended_before_the_next(place, restart):
+    config = place.config(words="--orphan", **({"restart": {"policy": "always", "delay": 0.05}} if restart else {}))
+    run(config)
+    states, orphan = States(SERVER), place.root / "data" / "orphan"
+    first = int(orphan.read_text())
+    orphan.unlink()
+    pid = crash(states)
+    if restart:
+        wait_until(lambda: (states.read("k") or {}).get("pid") not in (None, pid), 10, "it is started again")
+    wait_until(lambda: not alive(pid), 5, "it ends")
+    run(config)
+    wait_until(lambda: not alive(first), 10, "the first one's child is ended")
+    assert alive(int(orphan.read_text())) and get(place.connection()) == states.read("k")["pid"]  # type: ignore[index]
+
+
+def test_a_service_that_a_service_launches_is_its_own(place):
+    """It is not ended with the one that launched it."""
+    other = place.config(key="inner")
+    code = f"import json\nfrom zerodeploy.services import run\nrun(json.loads({json.dumps(other)!r}))"
+    script = place.bin / "outer"
+    script.write_text(f'#!/bin/sh\n{sys.executable} -c "$CODE" && exec myservice "$@"\n')
+    script.chmod(0o755)
+    config = place.config(env={"CODE": code})
+    run({**config, "command": config["command"].replace("myservice", "outer")})
+    states = States(SERVER)
+    inner = states.read("inner")["pid"]  # type: ignore[index]
+    assert stop(states) == "stopped" and alive(inner)
+    assert engine.stop("inner", grace=1) == "stopped" and not alive(inner)
+
+
+@pytest.mark.parametrize("words", ["--daemon", "--daemon --only", "--daemon --delay 1"])
+def test_a_service_that_makes_a_daemon_of_itself(where, place, words):
+    """Its first process ends; it is running as long as the daemon has its port."""
+    states = where[1]
+    first = run(place.config(words=words, **where[0]))
+    daemon = get(first)
+    wait_until(lambda: not alive(own(states)), 5, "the first process has ended")
+    assert daemon != own(states) and Instance(states, "k").status() == "running"
+    (place.base / "client" / "k.json").unlink()
+    assert run(place.config(words=words, **where[0])) == first and starts(states) == 1
+    assert stop(states) == "stopped" and not alive(daemon) and Instance(states, "k").status() == "stale"
+
+
+def test_a_tree_that_grows_while_it_is_ended(tmp_path):
+    """Each process starts the next one, in a session of its own, when it is told to end."""
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "def again(*_):\n"
+        "    left = int(sys.argv[1])\n"
+        "    if left: subprocess.Popen([sys.executable, '-c', open(sys.argv[2]).read(), str(left - 1), sys.argv[2]], start_new_session=True)\n"
+        "    os._exit(0)\n"
+        "signal.signal(15, again); print(os.getpid(), flush=True); time.sleep(1000)"
+    )
+    (tmp_path / "code").write_text(code)
+    env = {**os.environ, "ZERODEPLOY_SERVICE": "test-of-a-tree"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "3", str(tmp_path / "code")], env=env, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline()
+    processtree.end_tree([process.pid], 5, ["test-of-a-tree"])
+    assert processtree.carriers().get("test-of-a-tree", set()) == set() and process.wait(5) == 0
+    process.stdout.close()
+
+
+# while it is started again
+
+
+@pytest.mark.parametrize("words", ["", "--only"])
+def test_a_start_that_succeeds_after_many_crashes(where, place, words):
+    """The launcher waits on or tells the crashes, but never takes what the policy starts again for dead."""
+    config = place.config(
+        words=f"--fail-until 25 {words}",
+        restart={"policy": "on-failure", "most": 100, "delay": 0.01, "most_delay": 0.05},
+        **where[0],
+    )
+    states = where[1]
+    pid = 0
+    for _ in range(200):
+        try:
+            pid = get(run(config))
+            break
+        except ServiceError as error:
+            assert "times before it was running" in str(error), error
+    assert alive(pid) and own(states) == pid and starts(states) == 26
+    assert stop(states) == "stopped" and not alive(pid)
+
+
+def test_a_service_that_says_that_it_failed_is_started_again(where, place):
+    config = place.config(words="--fail", restart={"policy": "always", "delay": 0.1}, start_timeout=1, **where[0])
+    with pytest.raises(ServiceError, match="started again once it has ended" if not where[0] else "failed"):
+        run(config)
+    assert starts(where[1]) == 1 and stop(where[1]) == "stopped"
+
+
+def test_dropped_fields_do_not_end_the_restarts(where, place):
+    run(place.config(words="--only", restart={"policy": "always", "delay": 0.05}, **where[0]))
+    pid = own(where[1])
+    for _ in range(3):
+        os.kill(pid, signal.SIGKILL)
+        gone = {pid, where[1].record("k")["supervisor"]["pid"], 0}
+        wait_until(lambda: Instance(where[1], "k").pid not in gone, 20, "it is started again")  # noqa: B023
+        pid = own(where[1])
+        assert alive(pid) and Instance(where[1], "k").pid == pid
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_watcher_that_is_killed(where, place, log):
+    """The service lives on, and is still the one of its key; without rotation it can even write."""
+    more = {"log": {"max_bytes": 100_000}} if log else {}
+    config = place.config(restart="always", **more, **where[0])
+    first = run(config)
+    states = where[1]
+    watcher = states.read("k")["supervisor"]["pid"]  # type: ignore[index]
+    os.kill(watcher, signal.SIGKILL)
+    wait_until(lambda: not alive(watcher), 5, "it ends")
+    pid = get(first)
+    (place.base / "client" / "k.json").unlink()
+    assert get(run(config)) == pid and starts(states) == 1
+    if not log:
+        output = os.readlink(f"/proc/{pid}/fd/1")
+        assert output == states.log_path("k"), output
+    assert stop(states) == "stopped" and not alive(pid)
+
+
+def test_the_watcher_makes_no_directory_again(place):
+    import shutil
+
+    run(place.config(restart={"policy": "always", "delay": 0.05}))
+    states = States(SERVER)
+    state = states.read("k")
+    assert state is not None
+    shutil.rmtree(place.base)
+    os.kill(state["pid"], signal.SIGKILL)
+    wait_until(lambda: not alive(state["supervisor"]["pid"]), 10, "nobody is watched any more")
+    assert not place.base.exists()
+
+
+def test_stop_while_a_restart_is_due(where, place):
+    run(place.config(restart={"policy": "always", "delay": 30}, **where[0]))
+    states = where[1]
+    crash(states)
+    wait_until(lambda: "restart_at" in (states.read("k") or {}), 10, "it has crashed")
+    watcher = states.read("k")["supervisor"]["pid"]  # type: ignore[index]
+    assert stop(states) == "stopped" and not alive(watcher) and starts(states) == 1
+    assert alive(get(run(place.config(**where[0]))))
+
+
+# the files
+
+
+def test_a_lock_that_is_removed_is_still_for_one(place):
+    """Who has waited for a lock that is gone by now takes the new one."""
+    import threading
+
+    states, inside, most = States(SERVER), [], []
+
+    def work() -> None:
+        for _ in range(50):
+            fd = states.lock("k", 20)
+            inside.append(1)
+            most.append(len(inside))
+            inside.pop()
+            states.forget("k")
+            os.close(fd)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(most) == 400 and os.listdir(states.folder) == []
+
+
+def test_a_full_disk_leaves_nothing_running(place, monkeypatch):
+    """The error names the file; with nothing written nothing runs."""
+    can_or_skip(os.geteuid() == 0, "only root can mount a small disk")
+    folder = place.root / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], check=True)
+    try:
+        monkeypatch.setenv("REMOTE_HTTP_LAUNCHER_DIR", str(folder))
+        os.mkdir(folder / "server")
+        with open(folder / "fill", "wb") as file:
+            try:
+                file.write(b"x" * 100_000)
+                file.flush()
+            except OSError:
+                pass
+        answer = hosting.asked("launch", key="k", workdir=str(place.root / "data"), argv=["sleep", "1000"])
+        assert answer["kind"] == "system" and str(folder) in answer["fault"] and "No space left" in answer["fault"], answer
+        assert not [name for name in os.listdir(folder / "server") if name.endswith(".json")]
+        assert not any(pid for pids in processtree.carriers().values() for pid in pids if b"sleep\x001000" in open(f"/proc/{pid}/cmdline", "rb").read() and os.getcwd() in os.readlink(f"/proc/{pid}/cwd"))  # fmt: skip
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_the_record_is_of_one_boot(place):
+    run(place.config())
+    states = States(SERVER)
+    pid = own(states)
+    states.keep_record("k", {**states.record("k"), "boot_id": "another"})
+    states.write("k", {**states.read("k"), "boot_id": "another"})  # type: ignore[dict-item]
+    assert Instance(states, "k").status() == "stale" and stop(states) == "not running" and alive(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert launching.launch("k", str(place.root), ["sleep", "1000"])["launched"]
