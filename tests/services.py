@@ -74,7 +74,9 @@ class Place:
 
     def end(self) -> None:
         for row in list(tunnels.listed()):
-            tunnels.close(row["key"])
+            states = States(SERVER)
+            states.folder = os.path.dirname(row["file"])
+            tunnels.close(row["key"], states)
         for base in self.bases:
             for key in States(SERVER, str(base)).names():
                 with contextlib.suppress(Exception):

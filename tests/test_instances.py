@@ -195,6 +195,38 @@ def test_a_file_that_names_a_stranger(place):
         stranger.wait()
 
 
+def test_a_stranger_at_the_port_of_a_service_that_has_ended(place):
+    """It is not taken for the service, whatever it answers."""
+    first = run(place.config())
+    os.kill(get(first), signal.SIGKILL)
+    other = place.config(key="other")
+    other["command"] = other["command"].replace("20000 29999", f"{first['port']} {first['port']}")
+    wait_until(lambda: Instance(States(SERVER), "k").pid == 0, 5, "it ends")
+    stranger = get(run(other))
+    second = run(place.config())
+    assert second["port"] != first["port"] and get(second) == own(States(SERVER)) != stranger
+
+
+def test_where_nothing_is_known_of_the_service_its_answer_counts(place):
+    first = run(place.config())
+    pid = get(first)
+    os.rename(place.base / "server", place.base / "elsewhere")
+    assert run(place.config()) == first
+    os.rename(place.base / "elsewhere", place.base / "server")
+    assert alive(pid)
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
+def test_a_local_service_at_one_address_alone(place, host):
+    """With the default interface; the connection has the address that answers."""
+    config = place.config(words=f"--host {host}")
+    del config["network_interface"]
+    config["command"] = config["command"].replace("--host {network_interface}", "")
+    made = run(config)
+    connection = {**made, "hostname": f"[{made['hostname']}]" if ":" in made["hostname"] else made["hostname"]}
+    assert get(connection) == own(States(SERVER)) and run(config) == made
+
+
 # all that it has started
 
 
@@ -292,13 +324,12 @@ def test_a_start_that_succeeds_after_many_crashes(where, place, words):
         **where[0],
     )
     states = where[1]
-    pid = 0
-    for _ in range(200):
+    pid, until = 0, time.monotonic() + 60
+    while not pid and time.monotonic() < until:
         try:
             pid = get(run(config))
-            break
         except ServiceError as error:
-            assert "times before it was running" in str(error), error
+            assert "is not running: it has ended" in str(error), error
     assert alive(pid) and own(states) == pid and starts(states) == 26
     assert stop(states) == "stopped" and not alive(pid)
 

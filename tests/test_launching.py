@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from zerodeploy_agent import launching, services, statefile
+from zerodeploy_agent import launching, servicelogs, services, statefile
 from zerodeploy_agent.instances import Instance
 from zerodeploy_agent.launching import launch
 from zerodeploy_agent.services import ServiceFault
@@ -119,7 +119,7 @@ def test_a_launcher_that_is_killed_before_the_state_leaves_nothing_running(base,
 def test_a_service_that_dies_is_stale_and_its_log_stays(base, tmp_path):
     launch("k", str(tmp_path), ["sh", "-c", "echo last words >&2; exit 3"])
     wait_until(lambda: Instance(States(SERVER), "k").status() == "stale", 10, "it is seen")
-    assert b"".join(services.log_tail(str(base / "server" / "k.log"))) == b"last words\n"
+    assert b"".join(servicelogs.tail_of(str(base / "server" / "k.log"))) == b"last words\n"
     code = "import sys; from zerodeploy.services.helpers import run; sys.exit(run('rhl-ps', ['--json']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert json.loads(done.stdout)["status"] == "stale"

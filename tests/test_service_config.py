@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from zerodeploy_agent.launching import Launch, shown
 
 from zerodeploy import ConfigError, ServiceError, TemplateError
-from zerodeploy.services import command
+from zerodeploy.services import command, run
 from zerodeploy.services.config import load, of_mapping, schema
 
 GOOD = "workdir: /tmp/x\nkey: k\ncommand: prog {workdir}\n"
@@ -74,6 +76,8 @@ port_end: 19999
         (GOOD + "env:\n  A: 1\n  b-c: 2\n", "env.b-c", 6), (GOOD + "limits:\n  memory_bytes: 0\n", "limits.memory_bytes", 5), (GOOD + "limits:\n  foo: 1\n", "limits.foo", 5),
         (GOOD + "restart: sometimes\n", "restart", 4), (GOOD + "log: {keep: 3}\n", "log.max_bytes", 4), (GOOD + "start_timeout: 0\n", "start_timeout", 4), (GOOD + "shell: 1\n", "shell", 4),
         ("workdir: x\nkey: k\ncommand: c\n", "workdir", 1), ("workdir: /x\nkey: a/b\ncommand: c\n", "key", 2), ("workdir: /x\nkey: '{nothing}'\ncommand: c\n", "key", 2), ("workdir: /x\nkey: ''\ncommand: c\n", "key", 2),
+        (GOOD + "start_timeout: .nan\n", "start_timeout", 4), (GOOD + "start_timeout: .inf\n", "start_timeout", 4), (GOOD + "restart:\n  policy: always\n  delay: .inf\n", "restart.delay", 6),
+        (GOOD + "limits: {cpus: .nan}\n", "limits.cpus", 4),
         (GOOD + "meta: {a: 2020-01-01}\n", "meta", 4), (GOOD + "log_level: loud\n", "log_level", 4), ("- a\n", "the configuration", 1), ("", "the configuration", 0),
     ],
 )  # fmt: skip
@@ -91,7 +95,8 @@ def test_a_mistake_names_field_and_line(write, text, field, line):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("a: [", "line"), ("a: 1\na: 2\n", "line 2: no YAML: the field 'a' is there twice"), ("a: \x00", "no YAML"), ("\xff", "not UTF-8"), ("a: !!python/object:os.system x", "no YAML"), ("x" * (1 << 21), "more than")],
+    [("a: &a [*a]", "line 1: no YAML: it holds itself"), ("\n".join(["a0: &a0 [x]"] + [f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]" for n in range(60)]), "line 6: .*more than 100000 values"),
+     ("a: [", "line"), ("a: 1\na: 2\n", "line 2: no YAML: the field 'a' is there twice"), ("a: \x00", "no YAML"), ("\xff", "not UTF-8"), ("a: !!python/object:os.system x", "no YAML"), ("x" * (1 << 21), "more than")],
 )  # fmt: skip
 def test_what_is_no_yaml(tmp_path, text, says):
     (tmp_path / "s.yaml").write_bytes(text.encode("latin-1"))
@@ -154,8 +159,43 @@ def test_a_value_is_one_word(value, shell):
 )
 @example(["\u2000", "\ue020"], True)
 def test_any_values(values, shell):
+    values = ["." + value if value.startswith("~/") else value for value in values]
     template = "printf '<%s>\\0' " + " ".join(f"{{v[{number}]}}" for number in range(len(values)))
     assert printed(words(template, shell, v=values)) == values
+
+
+@pytest.mark.parametrize("value", [None, [], 5, 1.5, object(), b"x"])
+def test_what_is_no_description(value):
+    with pytest.raises(ConfigError, match="a mapping, or the path of a YAML file"):
+        run(value)
+
+
+@pytest.mark.parametrize(
+    "template", ["printf '<%s>\\0' {v} {v}/b x{v} '{v}' \"{v}\"", "printf '<%s>\\0' {v} {v}/b x{v} '{v}' \"{v}\"; true"]
+)
+@pytest.mark.parametrize("value", ["~", "~/a b", "~/$(id)", "~x", "a~/b"])
+def test_a_value_in_the_home_directory(tmp_path, monkeypatch, template, value):
+    """At the beginning of a word, as a shell has it; what runs without a shell is told by `launching`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = words(template, v=value)
+    home = os.path.expanduser(value) if value.startswith("~/") else value
+    if found[0] == "/bin/bash":
+        out = subprocess.run(found, capture_output=True, check=True, timeout=20).stdout
+        assert [each[1:-1].decode() for each in out.split(b"\0")[:-1]] == [
+            home,
+            os.path.expanduser(value + "/b") if value == "~" else home + "/b",
+            "x" + value,
+            value,
+            value,
+        ]
+    else:
+        launch = Launch("k", "/tmp", found, base=str(tmp_path / "base"))
+        launch.ready()
+        assert launch.words[2:5] == [
+            home,
+            os.path.expanduser(value + "/b") if value == "~" else home + "/b",
+            "x" + value,
+        ] and launch.shown == shown(found)
 
 
 def test_what_the_template_splits_is_split():

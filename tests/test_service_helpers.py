@@ -236,6 +236,62 @@ def test_rm(base):
     assert sorted(path.name for path in base.rglob("*.*")) == ["a.log", "b.log"]
 
 
+def test_logs_that_were_put_away(base):
+    """One text, whatever files it is in."""
+    from zerodeploy_agent import servicelogs
+
+    States(SERVER).write("k", {})
+    path = States(SERVER).log_path("k")
+    lines = [f"line {number}\n" for number in range(100)]
+    text = "".join(lines)
+    for last in ("", "no end"):
+        cuts = [0, 130, 131, 400, len(text + last)]
+        for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+            name = path if number == 3 else f"{path}.{3 - number}"
+            Path(name).write_text((text + last)[start:end])
+        whole = text + last
+        assert rhl("logs", "k").stdout == whole
+        split = whole.splitlines(keepends=True)
+        for tail in (0, 1, 2, 50, 80, 87, 88, 89, 99, 100, 101, 5000):
+            wanted = "".join(split[-tail:] if tail else [])
+            assert b"".join(servicelogs.tail_of(path, tail)).decode() == wanted, tail
+            piece, said = servicelogs.piece_of(path, tail, None, 0, 37), ""
+            while piece["data"]:
+                said += piece["data"].decode()
+                piece = servicelogs.piece_of(path, tail, piece["inode"], piece["next"], 37)
+            assert said == wanted, tail
+    assert rhl("logs", "k", "--tail", "90").stdout == "".join(split[-90:])
+
+
+def test_a_log_that_is_put_away_while_it_is_followed(base):
+    from zerodeploy_agent import servicelogs
+
+    States(SERVER).write("k", {})
+    path = States(SERVER).log_path("k")
+    Path(path).write_text("one\n")
+    piece = servicelogs.piece_of(path, None, None, 0, 100)
+    with open(path, "a") as file:
+        file.write("two\n")
+    os.rename(path, path + ".1")
+    Path(path).write_text("three\n")
+    said = piece["data"]
+    for _ in range(4):
+        piece = servicelogs.piece_of(path, None, piece["inode"], piece["next"], 100)
+        said += piece["data"]
+    assert said == b"one\ntwo\nthree\n"
+    os.unlink(path + ".1")
+    Path(path).write_text("x\n")
+    assert servicelogs.piece_of(path, None, piece["inode"], piece["next"], 100)["data"] == b"x\n", "a new log"
+
+
+def test_client_rows(base):
+    for key, state in (("here", {"hostname": "localhost"}), ("ssh", {"hostname": "h", "ssh_hostname": "alias"}), ("old", {"hostname": "h"}),
+                       ("tunnel", {"hostname": "localhost", "tunneled-host": "far"})):  # fmt: skip
+        States(CLIENT).write(key, {**state, "port": 1})
+    rows = [json.loads(line) for line in rhl("ps", "--client", "--json").stdout.splitlines()]
+    assert {row["key"]: row["ssh_host"] for row in rows} == {"here": None, "ssh": "alias", "old": "h", "tunnel": "far"}
+
+
 def test_probes(monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -151,6 +151,33 @@ def test_a_restarted_service_keeps_its_tunnel(place):
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: get(made["port"]) not in (None, pid), 20, "the new process answers at the same port")
         assert keeper_of() == keeper
+        port = States(SERVER, str(server.home / ".remote-http-launcher")).read("k")["port"]  # type: ignore[index]
+        wait_until(lambda: States(CLIENT).read("k")["tunneled-port"] == port, 5, "and the file names the new one")  # type: ignore[index]
+
+
+def test_tunnels_of_another_connection_directory(place):
+    """Listed and closed as the others; where there are several of a key it has to be said which."""
+    with an_sshd(place) as server:
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=True)
+        folders = [States(CLIENT) for _ in range(3)]
+        for number, folder in enumerate(folders[:2]):
+            folder.folder = str(place.root / f"conn{number}")
+        for folder in folders:
+            run(config, folder.folder)
+        assert {row["file"] for row in tunnels.listed()} == {folder.path("k") for folder in folders}
+        assert [row["file"] for row in tunnels.listed(folders[1])] == [folders[1].path("k")]
+        with pytest.raises(ServiceError, match="several tunnels to 'k'.*conn0"):
+            tunnels.close("k")
+        assert tunnels.close("k", folders[1]) and tunnels.close("k", folders[2])
+        words = [sys.executable, "-m", "zerodeploy", "service", "tunnel"]
+        done = subprocess.run([*words, "ls", "--json"], capture_output=True, text=True, timeout=30)
+        assert json.loads(done.stdout)["file"] == folders[0].path("k")
+        done = subprocess.run(
+            [*words, "close", "k", "--connection-dir", folders[1].folder], capture_output=True, text=True, timeout=30
+        )
+        assert (done.returncode, done.stdout) == (1, "k: no tunnel\n")
+        done = subprocess.run([*words, "close", "k"], capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stdout) == (0, "k: closed\n") and not list(tunnels.listed())
 
 
 def test_where_nothing_may_be_forwarded(place):

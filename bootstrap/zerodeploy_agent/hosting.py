@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 
-from . import conda, launching, services, statefile
+from . import conda, launching, servicelogs, services, statefile
 from .conda import CondaError
 from .instances import Instance, settle
 from .procfs import start_of
@@ -210,7 +210,7 @@ def bound(key: str, base: "Optional[str]" = None) -> "Dict[str, Any]":
 def tail_of(states: States, key: str, lines: int = _TAIL_LINES) -> str:
     """The end of the log; empty without one."""
     try:
-        data = b"".join(services.log_tail(states.log_path(key), lines))
+        data = b"".join(servicelogs.tail_of(states.log_path(key), lines))
     except OSError:
         return ""
     return data[-_TAIL_BYTES:].decode("utf-8", "replace")
@@ -221,14 +221,14 @@ def rows(probed: bool = True, base: "Optional[str]" = None) -> "List[Dict[str, A
     return list(services.server_rows(probed, base))
 
 
-def log_piece(key: str, tail: "Optional[int]" = None, offset: "Optional[int]" = None, most: int = 1 << 20,
+def log_piece(key: str, tail: "Optional[int]" = None, inode: "Optional[int]" = None, offset: int = 0, most: int = 1 << 20,
               base: "Optional[str]" = None) -> "Dict[str, Any]":  # fmt: skip
-    """Some of the log from *offset* (or its last *tail* lines): ``data``, ``next`` and the file's ``inode``."""
+    """`servicelogs.piece_of`. Raises `ServiceFault` where there is no log of that key."""
     states = States(SERVER, base)
     path = states.log_path(key)
-    if states.read(key) is None or not os.path.exists(path):
+    if not states.knows(key) or not os.path.exists(path):
         raise ServiceFault("no log file for %r" % key)
-    return services.piece_of(path, tail, offset, most)
+    return servicelogs.piece_of(path, tail, inode, offset, most)
 
 
 def lingering(environment: "Any" = None, roots: str = "/") -> str:

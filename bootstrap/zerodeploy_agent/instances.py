@@ -225,4 +225,4 @@ def settle(states: States, key: str) -> Instance:
     return service
 
 
-__all__ = ["ABSENT", "Instance", "LAUNCH", "settle"]
+__all__ = ["ABSENT", "LAUNCH", "Instance", "settle"]

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 
-from . import conda, fresh
+from . import conda, fresh, servicelogs
 from .cleanup import SERVICE
 from .instances import LAUNCH, Instance
 from .limits import CONTROLLERS, Enforced, LimitError
@@ -38,6 +38,7 @@ WATCH_NEEDS = (
     "limits",
     "processtree",
     "procfs",
+    "servicelogs",
     "services",
     "statefile",
 )
@@ -50,7 +51,7 @@ class Launch:
         key: of the state file.
         workdir: made if it is not there; ``~`` is the user's home.
         argv: the program and its arguments, no shell. ``{status_file}`` in them is the state file's path, and so is
-            ``~/.remote-http-launcher/server/KEY.json``.
+            ``~/.remote-http-launcher/server/KEY.json``. A word that begins with ``~/`` is in the user's home.
         env: added to the environment of this process.
         conda: an environment to activate first, by name or prefix.
         limits: of `Enforced`.
@@ -92,6 +93,9 @@ class Launch:
         self.place = _directory(self.workdir, self.exact)
         path = self.states.path(self.key)
         self.words = [_with_status_file(word, self.key, path, self.placeholder) for word in self.argv]
+        self.shown = shown(self.words)
+        if tuple(self.words[:2]) != BASH:
+            self.words = [os.path.expanduser(word) if word.startswith("~/") else word for word in self.words]
         self.environment = {**fresh.environment(), **self.env, SERVICE: self.launch_id}
         self.command: "List[str]" = self.words
         search = self.environment.get("PATH", os.defpath)
@@ -183,7 +187,7 @@ def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") 
     """Start it, with the key's lock held; its state, which has *more*. Raises OSError; then nothing is left running."""
     states, log = wanted.states, wanted.states.log_path(wanted.key)
     state: "Dict[str, Any]" = {
-        "workdir": wanted.place, "log": log, "command": shown(wanted.words), "uid": os.geteuid(), "status": STARTING,
+        "workdir": wanted.place, "log": log, "command": wanted.shown, "uid": os.geteuid(), "status": STARTING,
         "network_interface": wanted.network_interface, "launched_at": time.time(), LAUNCH: wanted.launch_id, **more,
     }  # fmt: skip
     if wanted.parameters is not None:
@@ -194,6 +198,8 @@ def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") 
     output = wanted.output
     if output is None:
         anew = os.O_TRUNC if wanted.fresh_log else 0
+        if anew:
+            servicelogs.drop_older(log)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | anew | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     gate, opener = os.pipe()
     here = open_directory(wanted.place) if wanted.exact else -1

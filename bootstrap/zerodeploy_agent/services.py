@@ -100,51 +100,6 @@ def remove(key: str, base: "Optional[str]" = None) -> "Dict[str, Optional[str]]"
         os.close(fd)
 
 
-def log_tail(path: str, lines: "Optional[int]" = None) -> "Iterator[bytes]":
-    """The log, or its last *lines* lines, in pieces. Raises `OSError`."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(fd, "rb") as file:
-        if lines is not None:
-            file.seek(_start_of_tail(file, lines))
-        while True:
-            data = file.read(1 << 16)
-            if not data:
-                return
-            yield data
-
-
-def _start_of_tail(file: "Any", lines: int) -> int:
-    at: int = file.seek(0, 2)
-    end, missing = at, lines
-    while at > 0 and missing >= 0:
-        step = min(1 << 16, at)
-        at -= step
-        file.seek(at)
-        data = file.read(step)
-        if at + step == end and data.endswith(b"\n"):
-            data = data[:-1]
-        position = len(data)
-        while missing > 0:
-            position = data.rfind(b"\n", 0, position)
-            if position < 0:
-                break
-            missing -= 1
-            if missing == 0:
-                return int(at + position + 1)
-    return 0 if lines > 0 else int(end)
-
-
-def piece_of(path: str, tail: "Optional[int]", offset: "Optional[int]", most: int) -> "Dict[str, Any]":
-    """See `hosting.log_piece`. From its beginning where *offset* is behind the end: it is a new file then. Raises `OSError`."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(fd, "rb") as file:
-        info = os.fstat(fd)
-        at = _start_of_tail(file, tail) if tail is not None else min(offset or 0, info.st_size)
-        file.seek(at)
-        data = file.read(most)
-        return {"data": data, "next": at + len(data), "inode": info.st_ino, "size": info.st_size}
-
-
 def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[str, Any]]":
     """The services of this host: their states, with ``key``, ``live``, ``json_status`` (what the file says) and ``status``."""
     states = States(SERVER, base)
@@ -414,5 +369,5 @@ def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
 
 
-__all__ = ["SYSTEM", "ServiceFault", "StateError", "check_directory", "clear", "end", "handshake", "log_tail", "persistent", "piece_of", "remove", "server_rows", "stop",
+__all__ = ["SYSTEM", "ServiceFault", "StateError", "check_directory", "clear", "end", "handshake", "persistent", "remove", "server_rows", "stop",
            "verify_port"]  # fmt: skip

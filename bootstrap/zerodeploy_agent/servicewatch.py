@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 
-from . import launching
+from . import launching, servicelogs
 from .cgroups import CgroupError, Cgroups
 from .instances import Instance
 from .limits import CONTROLLERS, Enforced, LimitError
@@ -77,6 +77,7 @@ class Watch:
     def begin(self) -> "Dict[str, Any]":
         """The first start; whoever launches holds the key's lock."""
         self.wanted.ready()
+        servicelogs.drop_older(self.wanted.states.log_path(self.wanted.key))
         self._open_log(os.O_TRUNC)
         self.wanted.fresh_log = False
         self._start()
@@ -156,7 +157,7 @@ class Watch:
     def _again(self, status: int) -> bool:
         """Wait, then start it once more. False: somebody has stopped it meanwhile, or it can't be started."""
         restart = self.wanted.restart
-        delay = min(restart.get("delay", DELAY_S) * 2**self._restarts, restart.get("most_delay", MOST_DELAY_S))
+        delay = min(restart.get("delay", DELAY_S) * 2 ** min(self._restarts, 60), restart.get("most_delay", MOST_DELAY_S))
         self._restarts += 1
         self._note(status, dict(identity(os.getpid()), status=STARTING, restarts=self._restarts, restart_at=time.time() + delay))
         self._say(

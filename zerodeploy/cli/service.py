@@ -273,7 +273,7 @@ def rm(settings: Context, /, words: tuple[str, ...], client: bool, server: bool,
             states = States(CLIENT)
             for key in keys:
                 path = states.path(key)
-                if tunnels.close(key) or states.remove(key):
+                if tunnels.close(key, states) or states.remove(key):
                     removed[key].append(path)
         if server or not client:
             with _executor(settings, host, options) as executor:
@@ -323,16 +323,11 @@ def logs(settings: Context, /, words: tuple[str, ...], tail: int | None, follow:
         host, [key] = _one(_host_and(words, options, "KEY"))
         with _executor(settings, host, options) as executor:
             piece = executor.ask("log_piece", key=key, tail=tail)
-            while True:
+            while piece["data"] or follow:
                 write_all(1, piece["data"])
                 if not piece["data"]:
-                    if not follow:
-                        return
                     time.sleep(_FOLLOW_S)
-                inode, at = piece["inode"], piece["next"]
-                piece = executor.ask("log_piece", key=key, offset=at)
-                if piece["inode"] != inode or piece["size"] < at:  # a new log was begun
-                    piece = executor.ask("log_piece", key=key, offset=0)
+                piece = executor.ask("log_piece", key=key, inode=piece["inode"], offset=piece["next"])
 
 
 @service.command(cls=HostCommand)
@@ -354,15 +349,31 @@ def tunnel() -> None:
     """The tunnels of this user: each a process that keeps one ssh for all ports of a service."""
 
 
+_CONNECTION_DIR = click.option(
+    "--connection-dir", metavar="DIR", help="Only those with connection files there; default: all that live."
+)
+
+
+def _connections_in(folder: str | None) -> Any:
+    from zerodeploy_agent.statefile import CLIENT, States
+
+    if folder is None:
+        return None
+    states = States(CLIENT)
+    states.folder = os.path.abspath(os.path.expanduser(folder))
+    return states
+
+
 @tunnel.command("ls")
+@_CONNECTION_DIR
 @options_of
 @click.pass_obj
-def tunnel_ls(settings: Context, /) -> None:
+def tunnel_ls(settings: Context, /, connection_dir: str | None) -> None:
     """List them, with the local ports."""
     from zerodeploy.services import tunnels
 
     with errors_told(settings):
-        rows = list(tunnels.listed())
+        rows = list(tunnels.listed(_connections_in(connection_dir)))
         if settings.json:
             for row in rows:
                 say_json(row)
@@ -373,14 +384,15 @@ def tunnel_ls(settings: Context, /) -> None:
 
 @tunnel.command("close")
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@_CONNECTION_DIR
 @options_of
 @click.pass_obj
-def tunnel_close(settings: Context, /, keys: tuple[str, ...]) -> None:
+def tunnel_close(settings: Context, /, keys: tuple[str, ...], connection_dir: str | None) -> None:
     """Close tunnels and remove their connection files; the services run on. Status 1 where there was none."""
     from zerodeploy.services import tunnels
 
     with errors_told(settings):
-        closed = {key: tunnels.close(key) for key in keys}
+        closed = {key: tunnels.close(key, _connections_in(connection_dir)) for key in keys}
         for key, was in closed.items():
             _tell(settings, {"key": key, "closed": was}, f"{key}: {'closed' if was else 'no tunnel'}")
     sys.exit(0 if all(closed.values()) else 1)

@@ -23,6 +23,8 @@ __all__ = ["SshLogin"]
 
 _POLL_S = 0.002
 _ANSWER_S = 20.0
+_ROOM_S = 5.0
+_REFUSED = "open refused by peer"  # of ssh's message where sshd has as many sessions as MaxSessions allows (sshd_config(5))
 _MOST_BYTES = 1 << 24
 #: what the host's shell is asked; no single quote, backslash, newline or exclamation mark, see `login_shell_line`.
 #: "w PID START": a dot each second while that process lives, then "gone". Who reads no more ends it, by SIGPIPE
@@ -133,7 +135,7 @@ class SshLogin:
 
     def make_room(self, stderr: str) -> bool:
         """Whether *stderr*, of what was refused, says that there are too many sessions, and ours was given up for it (MaxSessions)."""
-        if not self.has_shell or "open refused by peer" not in stderr:
+        if not self.has_shell or _REFUSED not in stderr:
             return False
         self.has_shell = False
         self.running.close_stdin()
@@ -163,14 +165,18 @@ class SshLogin:
         self, words: Sequence[str], *, before: str = "", input: bytes = b"", timeout_s: float = 120.0
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command there, *before* (shell assignments) in front. Raises `LinkLost` where ssh failed, which is no exit status."""
-        try:
-            done = subprocess.run(
-                [*self._ssh(), before + quote(words)], input=input, capture_output=True, timeout=timeout_s, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise LinkLost(f"no answer to {words[0]} within {timeout_s:g} s", host=self.host) from None
-        if done.returncode == 255 and self.make_room(done.stderr.decode("utf-8", "replace")):
-            return self.run(words, before=before, input=input, timeout_s=timeout_s)
+        until = time.monotonic() + _ROOM_S
+        while True:
+            try:
+                done = subprocess.run(
+                    [*self._ssh(), before + quote(words)], input=input, capture_output=True, timeout=timeout_s, check=False
+                )
+            except subprocess.TimeoutExpired:
+                raise LinkLost(f"no answer to {words[0]} within {timeout_s:g} s", host=self.host) from None
+            said = done.stderr.decode("utf-8", "replace")
+            if done.returncode != 255 or not (self.make_room(said) or (_REFUSED in said and time.monotonic() < until)):
+                break
+            time.sleep(_POLL_S * 10)  # the session before may be ending still
         if done.returncode == 255 or done.returncode < 0:
             said = tail(done.stderr.decode("utf-8", "replace"), 4)
             raise LinkLost(

@@ -79,6 +79,7 @@ _AGENT_SERVICES = (
     "limits.py",
     "processtree.py",
     "procfs.py",
+    "servicelogs.py",
     "services.py",
     "servicewatch.py",
     "statefile.py",

@@ -129,6 +129,8 @@ class _Reader:
             self._out += "\\" + char if char and char in '"$`\\' else char
         elif place == _SINGLE:
             self._out += "'\\''" if char == "'" else char
+        elif char == "~" and not self._word and self._text[self._at + 1 : self._at + 2] == "/":
+            self._word, self._out = "x", self._out + char  # the user's home, as in a command that no shell runs
         else:
             self._word += "x"
             self._out += "''" if not char else f"'{char}'" if char in "\r\n" else "\\" + char

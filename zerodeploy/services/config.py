@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from zerodeploy.services.templates import evaluate
 __all__ = ["Config", "digest_of", "load", "of_mapping", "schema"]
 
 _MOST_BYTES = 1 << 20
+_MOST_VALUES = 100_000
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEFAULT_INTERFACE = "localhost"
 START_TIMEOUT_S = 60.0
@@ -114,6 +116,9 @@ class Config:
                 json.dumps(self.data.get(name), allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise _error(self.source, self._lines, (name,), f"it can't be written as JSON: {error}") from None
+        for path, value in _numbers(self.data):
+            if not math.isfinite(value):
+                raise _error(self.source, self._lines, path, f"it must be a finite number; not {value!r}")
         place = os.path.expanduser(self.workdir)
         if not os.path.isabs(place) and not self.workdir.startswith("~"):
             raise _error(
@@ -131,6 +136,14 @@ class Config:
         return _placed(error, self.source, self._lines, (name,))
 
 
+def _numbers(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The numbers that mean something to the launcher; the schema has seen them. JSON Schema knows nothing of infinity."""
+    for name in ("start_timeout", "restart", "limits", "log"):
+        given = data.get(name)
+        fields = given.items() if isinstance(given, Mapping) else [("", given)]
+        yield from (((name, each) if each else (name,), value) for each, value in fields if isinstance(value, float))
+
+
 def digest_of(value: object) -> str:
     """Of plain data: tells whether it is the same without keeping it, which may be a secret."""
     text = json.dumps(value, sort_keys=True, default=repr)
@@ -143,6 +156,8 @@ def _shown(value: object) -> str:
 
 def load(path: str | os.PathLike[str]) -> Config:
     """The description in a YAML file, not checked yet, its key evaluated. Raises `ConfigError`, `TemplateError`."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"a description is a mapping, or the path of a YAML file; not {_brief(path)}")
     name = os.fspath(path)
     try:
         with open(name, "rb") as file:
@@ -156,6 +171,7 @@ def load(path: str | os.PathLike[str]) -> Config:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
+            _check_size(node, {})
             lines = dict(_lines_of(node, ())) if node is not None else {}
             data = loader.construct_document(node) if node is not None else None
         finally:
@@ -197,6 +213,22 @@ def _made(data: Any, source: str, lines: Mapping[tuple[str | int, ...], int]) ->
     except statefile.StateError as error:
         raise _error(source, lines, ("key",), str(error)) from None
     return Config(dict(data), key, source, lines)
+
+
+def _check_size(node: Any, sizes: dict[int, int]) -> int:
+    """How many values *node* is when each alias is what it stands for. Raises `yaml.MarkedYAMLError` for too many, or for no end."""
+    if isinstance(node, yaml.CollectionNode):
+        if sizes.get(id(node), -1) == 0:
+            raise yaml.MarkedYAMLError(problem="it holds itself", problem_mark=node.start_mark)
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            below = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+            size = 1 + sum(_check_size(each, sizes) for each in below)
+            if size > _MOST_VALUES:
+                raise yaml.MarkedYAMLError(problem=f"more than {_MOST_VALUES} values", problem_mark=node.start_mark)
+            sizes[id(node)] = size
+        return sizes[id(node)]
+    return 1
 
 
 def _lines_of(node: Any, path: tuple[str | int, ...]) -> Any:

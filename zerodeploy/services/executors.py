@@ -246,11 +246,16 @@ class HelperExecutor(Executor):
         return {"status": row.get("status", "malformed"), "ports": ports, "address": address, "pid": state.get("pid"),
                 "pid_start": state.get("pid_start"), "supervised": "supervisor" in state}  # fmt: skip
 
-    def _log_piece(self, key: str, tail: int | None = None, offset: int | None = None, most: int = 1 << 20) -> dict[str, Any]:
-        words = ["rhl-logs", key, *(["--tail", str(tail)] if tail is not None else [])]
-        data = self.run(words)[1].encode("utf-8")
-        start = offset or 0
-        return {"data": data if tail is not None else data[start:], "next": len(data), "inode": 0, "size": len(data)}
+    def _log_piece(
+        self, key: str, tail: int | None = None, inode: int | None = None, offset: int = 0, most: int = 1 << 20
+    ) -> dict[str, Any]:
+        """*inode* and *offset* are of the whole log as the helper prints it, from which nothing is put away mostly."""
+        data = self.run(["rhl-logs", key])[1].encode("utf-8")
+        if inode is None and tail is not None:
+            shown = data.splitlines(keepends=True)[-tail:] if tail else []
+            offset = len(data) - sum(map(len, shown))
+        data, whole = data[offset if offset <= len(data) else 0 :], len(data)
+        return {"data": data, "next": whole, "inode": 0}
 
     def _stop(self, key: str) -> str:
         return self.run(["rhl-stop", key])[1].strip().removeprefix(f"{key}: ")

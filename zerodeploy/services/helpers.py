@@ -30,6 +30,7 @@ SEAMLESS = frozenset(("hashserver", "seamless-database", "seamless-jobserver", "
 _MOST_BYTES = 1 << 20
 
 _PROBE_S = 5.0
+_HERE = (None, "localhost", "127.0.0.1", "::1")  # a connection to this machine is through no host
 
 
 #: what `parser` makes of rhl-ps without options: asked so often that argparse's import would be most of its time
@@ -151,12 +152,13 @@ def _whole_number(text: str) -> int:
 
 
 def _logs(given: Given) -> int:
+    from zerodeploy_agent import servicelogs
+
     states = States(SERVER)
-    state = states.read(given.key)
     path = states.log_path(given.key)
-    if state is None or not os.path.exists(path):
-        return _say("rhl-logs", f"no log file for {given.key!r}" + ("" if state else ": no state file"))
-    for data in services.log_tail(path, given.tail):
+    if not states.knows(given.key) or not os.path.exists(path):
+        return _say("rhl-logs", f"no log file for {given.key!r}" + ("" if states.knows(given.key) else ": no state file"))
+    for data in servicelogs.tail_of(path, given.tail):
         sys.stdout.buffer.write(data)
     sys.stdout.flush()
     return 0
@@ -205,7 +207,8 @@ def client_rows() -> Iterator[dict[str, Any]]:
             yield {"key": key, "ssh_host": None, "host": None, "port": None, "status": statefile.MALFORMED, "error": wrong}
             continue
         host = state.get("hostname")
-        yield {**state, "key": key, "host": host, "ssh_host": state.get("ssh_hostname", host), "port": state.get("port")}
+        through = state.get("tunneled-host") or state.get("ssh_hostname") or (None if host in _HERE else host)
+        yield {**state, "key": key, "host": host, "ssh_host": through, "port": state.get("port")}
 
 
 # probing

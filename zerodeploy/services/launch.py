@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zerodeploy_agent import hosting, launching, services
-from zerodeploy_agent.statefile import CLIENT, StateError, States
+from zerodeploy_agent.instances import Instance
+from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
 
 from zerodeploy.errors import ConfigError, ServiceError, ZeroDeployError
 from zerodeploy.services import command
@@ -140,7 +141,7 @@ class Launcher:
             ):
                 self._step(missing, "it may be another one")
                 return None
-        said = self._answers(state)
+        said = self._answers(state) or self._is_over(state)
         if said:
             self.observer.detail(f"local handshake: {said}")
             self._step(missing, "no answer")
@@ -152,6 +153,15 @@ class Launcher:
         self.observer.step("done", "reused-local")
         state.pop("tunnel", None)
         return state
+
+    def _is_over(self, state: Mapping[str, Any]) -> str:
+        """Why another one than the service answers: on this machine that can be seen. Empty otherwise."""
+        if self.config.ssh_hostname is not None or state.get("tunneled-host"):
+            return ""
+        known = States(SERVER)
+        if not known.knows(self.config.key) or Instance(known, self.config.key).alive:
+            return ""
+        return "the service has ended, and somebody else has its port"
 
     def _step(self, name: str, text: str) -> None:
         if name:
@@ -183,10 +193,20 @@ class Launcher:
 
         with open_executor(self.config.ssh_hostname, self.observer, ssh_options=self.ssh_options) as executor:
             state = self.bring_up(executor)
-        connection: dict[str, Any] = {"hostname": self.config.hostname, **hosting.ports_of(state)}
+        connection: dict[str, Any] = {"hostname": self._hostname(state), **hosting.ports_of(state)}
         if self.config.ssh_hostname is not None:
             connection["ssh_hostname"] = self.config.ssh_hostname
         return self.finish(state, connection)
+
+    def _hostname(self, state: Mapping[str, Any]) -> str:
+        """What clients connect to. On this machine that may be another of its names: the service may be bound to one address alone."""
+        hostname = self.config.hostname
+        if self.config.ssh_hostname is None:
+            port = hosting.port_of(state) or 0
+            for each in (hostname, *hosting.addresses(hostname)):
+                if not services.verify_port(each, port, tries=1):
+                    return each
+        return hostname
 
     def finish(self, state: Mapping[str, Any], connection: dict[str, Any]) -> dict[str, Any]:
         """Look at the service from here, then write the connection file. Raises `ServiceError` if it can't be reached."""
@@ -292,7 +312,8 @@ class Launcher:
     def _failed(self, executor: Any, answer: dict[str, Any]) -> ServiceError:
         log = answer["log"].rstrip()
         said = f". The end of its log, {answer['state'].get('log', '')}:\n{log}" if log else "; it has written nothing to its log"
-        text = f"the service {self.config.key!r} has failed to start: {answer['said']}{said}"
+        how = "is not running" if answer["state"].get("status") == "starting" else "has failed to start"
+        text = f"the service {self.config.key!r} {how}: {answer['said']}{said}"
         return ServiceError(text, host=executor.host, state=answer["state"], log=log)
 
     def _drift(self, state: Mapping[str, Any], words: list[str]) -> list[str]:

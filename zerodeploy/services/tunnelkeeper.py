@@ -165,19 +165,19 @@ class Keeper:
                 print(f"{_now()} the service is {self.bound['status']}", file=sys.stderr, flush=True)
                 raise _Stop
             time.sleep(_RESTART_S)
-        before = dict(self.local)
+        before = (dict(self.local), dict(self.there))
         self._forward()
-        if before != self.local:
+        if before != (self.local, self.there):
             self._write()
 
     def _write(self) -> None:
-        """The connection file, with a port that the service has got since."""
+        """The connection file, with the ports that the service has got since."""
         states, key = self.launcher.states, self.config.key
         lock = states.lock(key, 30.0)
         try:
             state = states.read(key)
             if _is_ours(state):
-                states.write(key, {**(state or {}), **self.local})
+                states.write(key, {**(state or {}), **self.local, "tunneled-port": self.bound["ports"]["port"]})
         finally:
             os.close(lock)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from zerodeploy_agent import services, statefile
+from zerodeploy_agent import fresh, procfs, services, statefile
 from zerodeploy_agent.statefile import CLIENT, States
 
 from zerodeploy.errors import ServiceError
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["close", "listed", "open_tunnel"]
 
 _CLOSE_S = 10.0
+#: in the environment of each keeper: the base of its launcher's files, a newline, and its connection file
+_MARK = "ZERODEPLOY_TUNNEL"
 
 
 def open_tunnel(launcher: Launcher) -> dict[str, Any]:
@@ -85,7 +87,8 @@ def _start(states: States, key: str) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             [sys.executable, "-m", "zerodeploy.services.tunnelkeeper"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            start_new_session=True,
+            env={**fresh.environment(False), _MARK: f"{statefile.base_dir()}\n{states.path(key)}", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )  # fmt: skip
     finally:
         os.close(log)
@@ -122,32 +125,66 @@ def _end(keeper: Any) -> None:
             raise ServiceError(str(fault)) from None
 
 
+def _folders(states: States | None) -> list[States]:
+    """Where connection files are: *states*, or the usual place and wherever a living keeper of launchers with that base has one."""
+    if states is not None:
+        return [states]
+    usual = States(CLIENT)
+    found = {usual.folder: usual}
+    needle = f"\0{_MARK}=".encode()
+    for pid in procfs.pids():
+        if procfs.belongs_to_us(pid):
+            mark = os.fsdecode((b"\0" + procfs.environment_of(pid)).partition(needle)[2].partition(b"\0")[0])
+            base, _, path = mark.partition("\n")
+            if path and base == statefile.base_dir():
+                made = States(CLIENT)
+                made.folder = os.path.dirname(path)
+                found.setdefault(made.folder, made)
+    return [usual, *(found[folder] for folder in sorted(found) if folder != usual.folder)]
+
+
 def listed(states: States | None = None) -> Iterator[dict[str, Any]]:
-    """The tunnels of this user: ``key``, ``ssh_host``, ``ports`` (by field, the local ones), ``pid`` and ``status``: open or dead."""
-    states = states or States(CLIENT)
-    for key, state, wrong in states.all():
-        keeper = state.get("tunnel")
-        if wrong or not isinstance(keeper, dict):
-            continue
-        ports = {name: state[name] for name in sorted(statefile.port_names(state))}
-        status = "open" if statefile.lives(keeper) else "dead"
-        yield {"key": key, "ssh_host": state.get("tunneled-host"), "ports": ports, "pid": keeper.get("pid"), "status": status}
+    """The tunnels of this user: ``key``, ``ssh_host``, ``ports`` (by field, the local ones), ``pid``, ``status`` (open or dead) and
+    ``file``, the connection file. *states*: only those of that directory."""
+    for each in _folders(states):
+        for key, state, wrong in each.all():
+            keeper = state.get("tunnel")
+            if wrong or not isinstance(keeper, dict):
+                continue
+            ports = {name: state[name] for name in sorted(statefile.port_names(state))}
+            status = "open" if statefile.lives(keeper) else "dead"
+            yield {
+                "key": key,
+                "ssh_host": state.get("tunneled-host"),
+                "ports": ports,
+                "pid": keeper.get("pid"),
+                "status": status,
+                "file": each.path(key),
+            }
 
 
 def close(key: str, states: States | None = None) -> bool:
-    """Close the tunnel, and remove its connection file; the service runs on. False: there was none. Raises `ServiceError`."""
-    states = states or States(CLIENT)
+    """Close the tunnel, and remove its connection file; the service runs on. False: there was none.
+
+    *states*: the directory of the connection file; else wherever there is one. Raises `ServiceError`, also where there are several.
+    """
+    statefile.States(CLIENT).path(key)
+    having = [each for each in _folders(states) if isinstance((_read(each, key) or {}).get("tunnel"), dict)]
+    if len(having) > 1:
+        places = ", ".join(each.folder for each in having)
+        raise ServiceError(
+            f"there are several tunnels to {key!r}, with connections in {places}: say which one, with --connection-dir"
+        )
+    for each in having:
+        state = _read(each, key) or {}
+        _end(state.get("tunnel"))
+        if (_read(each, key) or {}).get("tunnel") == state.get("tunnel"):
+            each.remove(key)
+    return bool(having)
+
+
+def _read(states: States, key: str) -> dict[str, Any] | None:
     try:
-        state = states.read(key)
-    except statefile.StateError as error:
-        raise ServiceError(str(error)) from None
-    if state is None or not isinstance(state.get("tunnel"), dict):
-        return False
-    _end(state["tunnel"])
-    try:
-        left = states.read(key)
+        return states.read(key)
     except statefile.StateError:
-        left = None
-    if left is not None and left.get("tunnel") == state["tunnel"]:
-        states.remove(key)
-    return True
+        return None
