@@ -353,7 +353,7 @@ def test_dropped_fields_do_not_end_the_restarts(where, place):
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_a_watcher_that_is_killed(where, place, log):
+def test_a_watcher_that_is_killed(where, place, log, capfd, request):
     """The service lives on, and is still the one of its key; without rotation it can even write."""
     more = {"log": {"max_bytes": 100_000}} if log else {}
     config = place.config(restart="always", **more, **where[0])
@@ -365,6 +365,7 @@ def test_a_watcher_that_is_killed(where, place, log):
     pid = get(first)
     (place.base / "client" / "k.json").unlink()
     assert get(run(config)) == pid and starts(states) == 1
+    assert "helpers" in request.node.name or "the process that watches it has ended" in capfd.readouterr().err
     if not log:
         output = os.readlink(f"/proc/{pid}/fd/1")
         assert output == states.log_path("k"), output

@@ -170,6 +170,33 @@ def test_mistakes(place, service):
     assert not States(SERVER).names()
 
 
+def test_progress_on_a_terminal(place):
+    """The step that takes its time, while it does; nothing of it is left, and nothing of it in a pipe."""
+    import pty
+    import re
+    import select
+
+    path = place.root / "service.yaml"
+    path.write_text(json.dumps(place.config(words="--delay 1.5")))
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "zerodeploy", "service", "up", str(path)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"}, text=True)  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while process.poll() is None or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.1)[0]:
+            try:
+                shown += os.read(ours, 1 << 16)
+            except OSError:
+                break
+    os.close(ours)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and out.startswith("http://127.0.0.1:")
+    text = shown.decode()
+    assert re.search(r"wait_for_start: waiting .*0:00:01", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)), text
+    assert text.rstrip("\r\n").endswith(("\x1b[2K", "\x1b[?25h")), "the line is taken away again"
+
+
 def test_stop_several(place, service):
     for key in ("a", "b"):
         path = place.root / f"{key}.yaml"

@@ -43,14 +43,18 @@ def asked(action: str, **options: "Any") -> "Dict[str, Any]":
 
 def look(key: str, handshake: "Optional[str]" = None, base: "Optional[str]" = None) -> "Dict[str, Any]":
     """``state`` (None without one), its ``status`` (``absent`` without one), ``status_file``, and where it runs whether it answers:
-    ``said`` is empty then. Raises `StateError` for a file of no use, if the service does not live."""
+    ``said`` is empty then. ``watched``: whether the process that watches it runs, None where there is to be none.
+
+    Raises `StateError` for a file of no use, if the service does not live.
+    """
     service = Instance(States(SERVER, base), key)
     if service.wrong and not service.alive:
         raise StateError(service.wrong)
     state = service.known if service.state is not None or service.wrong else None
     status = service.status()
     said = probe(state, handshake) if state is not None and status == RUNNING else service.wrong
-    return {"status_file": service.states.path(key), "said": said, "state": state, "status": status}
+    watched = bool(service.supervisor) if state is not None and "supervisor" in state else None
+    return {"status_file": service.states.path(key), "said": said, "state": state, "status": status, "watched": watched}
 
 
 def launch(**options: "Any") -> "Dict[str, Any]":

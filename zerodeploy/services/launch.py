@@ -259,6 +259,11 @@ class Launcher:
         status, known = found["status"], found["state"]
         self.observer.step("remote_check", "missing" if status == "absent" else status)
         words = self.words(found["status_file"])
+        if status in ("running", "starting") and found.get("watched") is False:
+            self.observer.warning(
+                f"{key}: it runs, but the process that watches it has ended: it is not started again, and its log not put away. "
+                "Stop it and launch it again"
+            )
         if status == "running" and not found["said"]:
             return {**known, "launched": False, "drift": self._drift(known, words)}
         if status in ("running", "starting"):

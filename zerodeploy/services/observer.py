@@ -1,7 +1,7 @@
 """What a launcher tells while it works: a line for each step, with the seconds since it began; on standard error and in files.
 
-``minimal`` is quiet where nobody watches: the steps are shown on a terminal alone. ``basic`` always shows them. ``debug`` also has
-what was sent to which host: ``command[SSHExecutor[HOST]]: rhl-inspect KEY``.
+``minimal`` is quiet where nobody watches: on a terminal the step that takes its time is shown while it does. ``basic`` shows all of
+them as lines. ``debug`` also has what was sent to which host: ``command[SSHExecutor[HOST]]: rhl-inspect KEY``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from zerodeploy.errors import ServiceError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = ["LEVELS", "Observer"]
 
@@ -36,9 +39,10 @@ class Observer:
                  stream: IO[str] | None = None) -> None:  # fmt: skip
         self._began = time.monotonic()
         self._stream = sys.stderr if stream is None else stream
-        shows = level != "minimal" or self._stream.isatty()
-        self._sinks: list[tuple[IO[str], bool]] = [(self._stream, level == "debug")] if shows else []
-        self.quiet = not shows
+        self.quiet = level == "minimal"
+        self._sinks: list[tuple[IO[str], bool]] = [] if self.quiet else [(self._stream, level == "debug")]
+        self._moving = self.quiet and self._stream.isatty()
+        self._progress: Progress | None = None
         self._files: list[IO[str]] = []
         for path, all_of_it in ((log_file, False), (debug_log_file, True)):
             if path:
@@ -51,7 +55,29 @@ class Observer:
 
     def step(self, name: str, text: str) -> None:
         """A step that was taken, and how it went."""
+        if self._moving:
+            self._show(name, text)
         self._put(f"{time.monotonic() - self._began:6.1f}s {name}: {text}", detail=False)
+
+    def _show(self, name: str, text: str) -> None:
+        """From the first step on that may take a while, to the last one."""
+        if name in ("done", "error"):
+            self._hide()
+        elif self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=f"{name}: {text}")
+        elif name == "connect":
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=Console(file=self._stream), transient=True)
+            self._progress.add_task(f"{name}: {text}", total=None)
+            self._progress.start()
+
+    def _hide(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
 
     def detail(self, text: str) -> None:
         """Only for ``debug``."""
@@ -69,6 +95,7 @@ class Observer:
 
     def warning(self, text: str) -> None:
         """What somebody should know, also where nobody watches."""
+        self._hide()
         self._put(f"warning: {text}", detail=False, stream=self.quiet)
 
     def _put(self, line: str, *, detail: bool, stream: bool = False) -> None:
@@ -80,6 +107,7 @@ class Observer:
                     sink.flush()
 
     def close(self) -> None:
+        self._hide()
         for file in self._files:
             file.close()
 
