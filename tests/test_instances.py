@@ -216,10 +216,16 @@ def test_where_nothing_is_known_of_the_service_its_answer_counts(place):
     assert alive(pid)
 
 
+@pytest.mark.parametrize("stranger", [False, True])
 @pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
-def test_a_local_service_at_one_address_alone(place, host):
-    """With the default interface; the connection has the address that answers."""
+def test_a_local_service_at_one_address_alone(place, host, stranger):
+    """With the default interface; the connection has the address that answers, *stranger*: also where another has the other one."""
     config = place.config(words=f"--host {host}")
+    if stranger:
+        other = run(
+            place.config(key="other", words=f"--host {'::1' if host == '127.0.0.1' else '127.0.0.1'}", network_interface="::")
+        )
+        config["command"] = config["command"].replace("20000 29999", f"{other['port']} {other['port']}")
     del config["network_interface"]
     config["command"] = config["command"].replace("--host {network_interface}", "")
     made = run(config)

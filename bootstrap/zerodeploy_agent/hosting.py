@@ -52,7 +52,7 @@ def look(key: str, handshake: "Optional[str]" = None, base: "Optional[str]" = No
         raise StateError(service.wrong)
     state = service.known if service.state is not None or service.wrong else None
     status = service.status()
-    said = probe(state, handshake) if state is not None and status == RUNNING else service.wrong
+    said = probe(service, state, handshake) if state is not None and status == RUNNING else service.wrong
     watched = bool(service.supervisor) if state is not None and "supervisor" in state else None
     return {"status_file": service.states.path(key), "said": said, "state": state, "status": status, "watched": watched}
 
@@ -114,7 +114,7 @@ def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optio
                                "its restarts are used up" % (state["restarts"], state.get("ended")))  # fmt: skip
     if state.get("status") != RUNNING:
         return "", state, _waiting(state.get("status"))
-    said = probe(state, handshake)
+    said = probe(service, state, handshake)
     return ("" if said else READY), state, said
 
 
@@ -173,30 +173,37 @@ def ports_of(state: "Mapping[str, Any]") -> "Dict[str, int]":
     return {name: port for name, port in found.items() if port is not None}
 
 
-def probe(state: "Dict[str, Any]", handshake: "Optional[str]") -> str:
+def probe(service: Instance, state: "Dict[str, Any]", handshake: "Optional[str]") -> str:
     """Empty if it accepts connections and answers *handshake*, else what is wrong."""
-    return str(answering(state, handshake)[1])
+    return answering(service, state, handshake)[1]
 
 
-def answering(state: "Dict[str, Any]", handshake: "Optional[str]") -> "Tuple[str, str]":
-    """The address that answers, and empty; or what is wrong."""
+def answering(service: Instance, state: "Dict[str, Any]", handshake: "Optional[str]") -> "Tuple[str, str]":
+    """The address that answers, and empty; or what is wrong.
+
+    Where several accept connections at the port, those count that *service* is bound to: another one may have the same port at
+    another address.
+    """
     port = port_of(state)
     if port is None:
         return "", "its port is no port: %.50r" % (state.get("port"),)
-    said = ""
     interface = state.get("network_interface")
-    for address in addresses(interface if isinstance(interface, str) else ""):
-        wrong = services.verify_port(address, port, tries=1)
-        if not wrong:
-            if handshake is None:
-                return address, ""
-            url = services.url_of(address, port, handshake)
-            wrong = services.handshake(url, _PROBE_S)[1]
-            if not wrong:
-                return address, ""
-            return address, "GET %s: %s" % (url, wrong)
-        said = said or "%s port %d: %s" % (address, port, wrong)
-    return "", said
+    wrong = {
+        address: services.verify_port(address, port, tries=1)
+        for address in addresses(interface if isinstance(interface, str) else "")
+    }
+    accepting = [address for address, said in wrong.items() if not said]
+    if not accepting:
+        return "", "; ".join("%s port %d: %s" % (address, port, said) for address, said in wrong.items())
+    if len(accepting) > 1:
+        own = service.bound_to(port)
+        accepting = [address for address in accepting if not own.isdisjoint((address, "::", "0.0.0.0"))] or accepting
+    address = accepting[0]
+    if handshake is None:
+        return address, ""
+    url = services.url_of(address, port, handshake)
+    said = services.handshake(url, _PROBE_S)[1]
+    return address, "GET %s: %s" % (url, said) if said else ""
 
 
 def bound(key: str, base: "Optional[str]" = None) -> "Dict[str, Any]":
@@ -206,7 +213,7 @@ def bound(key: str, base: "Optional[str]" = None) -> "Dict[str, Any]":
     if not state:
         return {"status": service.status(), "ports": {}}
     ports, pid = ports_of(state), service.pid or service.heir()
-    address = answering(state, None)[0] if "port" in ports else ""
+    address = answering(service, state, None)[0] if "port" in ports else ""
     return {"status": service.status(), "ports": ports, "address": address, "pid": pid, "pid_start": start_of(pid),
             "supervised": bool(service.supervisor)}  # fmt: skip
 

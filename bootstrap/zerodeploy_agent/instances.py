@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from .procfs import age_of, belongs_to_us, boot_id, listens, runs, start_of
+from .procfs import age_of, belongs_to_us, boot_id, listeners, runs, start_of
 from .statefile import MALFORMED, RUNNING, STALE, STARTING, StateError, States, lives, pid_of, port_names
 
 TYPE_CHECKING = False
@@ -157,7 +157,12 @@ class Instance:
         if status == STARTING or not ports:
             return min(carriers, default=0) if status == STARTING else 0
         port = self.known[ports[0]]
-        return listens(carriers, port) if isinstance(port, int) and 0 < port < 65536 else 0
+        found = listeners(carriers, port) if isinstance(port, int) and 0 < port < 65536 else []
+        return found[0][1] if found else 0
+
+    def bound_to(self, port: int) -> "Set[str]":
+        """The addresses at which its processes accept connections at *port*; empty where that can't be seen."""
+        return {address for address, _ in listeners({self.pid, *self._carriers()}, port)}
 
     def status(self, alive: "Optional[bool]" = None) -> str:
         """What the file says, or ``stale`` where that can't be true any more, ``malformed`` for a file of no use, ``absent``.

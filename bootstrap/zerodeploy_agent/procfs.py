@@ -9,7 +9,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Iterable, List, Optional
+    from typing import Dict, Iterable, List, Optional, Tuple
 
 _boot_id: "Optional[str]" = None
 
@@ -97,26 +97,39 @@ def age_of(pid: int) -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(start) / os.sysconf("SC_CLK_TCK") if start else -1.0
 
 
-def listens(pids: "Iterable[int]", port: int) -> int:
-    """Which of the processes accepts TCP connections at *port*; 0 for none. Of /proc/net/tcp: address, port, state 0A, inode."""
-    inodes = set()
+def listeners(pids: "Iterable[int]", port: int) -> "List[Tuple[str, int]]":
+    """Addresses at which the processes accept TCP connections at *port*, and who does; none where nobody tells.
+
+    Of /proc/net/tcp and tcp6 (proc(5)): address and port in hexadecimal, state 0A, inode.
+    """
+    places: "Dict[str, str]" = {}
     for table in ("tcp", "tcp6"):
         try:
             with open("/proc/net/" + table, "rb") as file:
                 for line in file:
-                    words = line.split()
-                    if len(words) > 9 and words[3] == b"0A" and words[1].endswith(b":%04X" % port):
-                        inodes.add("socket:[%s]" % words[9].decode("ascii"))
+                    words = line.decode("ascii").split()
+                    if len(words) > 9 and words[3] == "0A" and words[1].endswith(":%04X" % port):
+                        places["socket:[%s]" % words[9]] = words[1].partition(":")[0]
         except OSError:
             continue
-    for pid in pids if inodes else ():
+    found = []
+    for pid in pids if places else ():
         try:
             for name in os.listdir("/proc/%d/fd" % pid):
-                if os.readlink("/proc/%d/fd/%s" % (pid, name)) in inodes:
-                    return pid
+                place = places.get(os.readlink("/proc/%d/fd/%s" % (pid, name)))
+                if place is not None:
+                    found.append((_address(place), pid))
         except OSError:
             continue
-    return 0
+    return found
+
+
+def _address(place: str) -> str:
+    import socket
+    import struct
+
+    packed = b"".join(struct.pack("=I", int(place[at : at + 8], 16)) for at in range(0, len(place), 8))
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
 def boot_id() -> str:

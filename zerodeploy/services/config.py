@@ -23,7 +23,7 @@ from zerodeploy.errors import ConfigError, TemplateError
 from zerodeploy.services.observer import LEVELS
 from zerodeploy.services.templates import evaluate
 
-__all__ = ["Config", "digest_of", "load", "of_mapping", "schema"]
+__all__ = ["DEFAULT_INTERFACE", "Config", "digest_of", "load", "of_mapping", "schema"]
 
 _MOST_BYTES = 1 << 20
 _MOST_VALUES = 100_000

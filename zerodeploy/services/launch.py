@@ -17,7 +17,7 @@ from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
 
 from zerodeploy.errors import ConfigError, ServiceError, ZeroDeployError
 from zerodeploy.services import command
-from zerodeploy.services.config import Config, digest_of, load, of_mapping
+from zerodeploy.services.config import DEFAULT_INTERFACE, Config, digest_of, load, of_mapping
 from zerodeploy.services.observer import Observer
 
 __all__ = ["Launcher", "dry_run", "run"]
@@ -77,6 +77,16 @@ def dry_run(config: Mapping[str, Any] | str | os.PathLike[str]) -> str:
     except StateError as error:
         raise ServiceError(str(error)) from None
     return command.shown_plainly(Launcher(made, Observer()).words(path))
+
+
+def _resolved(name: str) -> list[str]:
+    """Its addresses, in the order in which they are tried."""
+    import socket
+
+    try:
+        return [str(each[4][0]) for each in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+    except OSError:
+        return []
 
 
 class Launcher:
@@ -193,20 +203,24 @@ class Launcher:
 
         with open_executor(self.config.ssh_hostname, self.observer, ssh_options=self.ssh_options) as executor:
             state = self.bring_up(executor)
-        connection: dict[str, Any] = {"hostname": self._hostname(state), **hosting.ports_of(state)}
+            hostname = self._hostname(executor)
+        connection: dict[str, Any] = {"hostname": hostname, **hosting.ports_of(state)}
         if self.config.ssh_hostname is not None:
             connection["ssh_hostname"] = self.config.ssh_hostname
         return self.finish(state, connection)
 
-    def _hostname(self, state: Mapping[str, Any]) -> str:
-        """What clients connect to. On this machine that may be another of its names: the service may be bound to one address alone."""
+    def _hostname(self, executor: Any) -> str:
+        """What clients connect to. On this machine "localhost", unless that leads elsewhere: the service may be bound to one address."""
         hostname = self.config.hostname
-        if self.config.ssh_hostname is None:
-            port = hosting.port_of(state) or 0
-            for each in (hostname, *hosting.addresses(hostname)):
-                if not services.verify_port(each, port, tries=1):
-                    return each
-        return hostname
+        if self.config.ssh_hostname is not None or hostname != DEFAULT_INTERFACE:
+            return hostname
+        bound = executor.ask("bound", key=self.config.key)
+        for each in _resolved(hostname):
+            if each == bound.get("address"):
+                return hostname
+            if not services.verify_port(each, bound["ports"].get("port", 0), tries=1):
+                break
+        return bound.get("address") or hostname
 
     def finish(self, state: Mapping[str, Any], connection: dict[str, Any]) -> dict[str, Any]:
         """Look at the service from here, then write the connection file. Raises `ServiceError` if it can't be reached."""
