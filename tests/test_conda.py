@@ -135,6 +135,34 @@ def test_the_cache_is_refreshed_once_where_it_lacks_the_environment(where, place
     assert tree.calls().count("env list --json") == before + 1 and States(SERVER, str(base)).read("m") is None
 
 
+@pytest.mark.parametrize("way", ["bashrc", "login"])
+def test_a_conda_that_only_shells_know(place, way):
+    """What ``conda init`` has written is read; else bash is asked as somebody who logs in."""
+    tree = Tree(place.root / "odd")
+    tree.env("foo")
+    if way == "bashrc":
+        block = f"# >>> conda initialize >>>\n__conda_setup=\"$('{tree.root}/bin/conda' 'shell.bash' 'hook' 2> /dev/null)\"\n# <<< conda initialize <<<\n"
+        (place.home / ".bashrc").write_text("case $- in *i*) ;; *) return;; esac\n" + block)
+    else:
+        (place.home / ".bash_profile").write_text(f'echo hello\nexport PATH="{tree.root}/bin:$PATH"\n')
+    assert helpers.run("rhl-cache-conda", []) == 0
+    assert json.loads((place.base / "conda-setup.json").read_text())["conda_base"] == str(tree.root)
+    run(config(place, "foo"))
+    assert "FROM_ACTIVATE=foo" in (place.base / "server" / "k.log").read_text()
+
+
+def test_a_cache_without_a_script_to_source(place):
+    """As other launchers write it where a login shell has conda already."""
+    tree = Tree(place.home / "miniforge3")
+    tree.env("foo")
+    place.base.mkdir()
+    (place.base / "conda-setup.json").write_text(
+        json.dumps({"conda_source": None, "conda_base": str(tree.root), "envs": [f"{tree.root}/envs/foo"]})
+    )
+    run(config(place, "foo"))
+    assert "FROM_ACTIVATE=foo" in (place.base / "server" / "k.log").read_text()
+
+
 def test_no_conda_there(place):
     with pytest.raises(ServiceError, match="no usable conda on this host"):
         run(config(place, "foo"))

@@ -164,6 +164,18 @@ def test_any_values(values, shell):
     assert printed(words(template, shell, v=values)) == values
 
 
+def test_the_commands_of_seamless(tmp_path):
+    """Word for word as its list of services has them, with and without ports."""
+    template = ("hashserver{' --port-range {} {}'.format(config.get('port_start'), config.get('port_end')) if config.get('port_start') is not None and "
+                "config.get('port_end') is not None else ''} --status-file {status_file}{' --host ' + config.get('network_interface') if "
+                "config.get('network_interface') is not None else ''} --timeout {timeout} {workdir}{' --writable' if 'rw' == 'rw' else ''}")  # fmt: skip
+    given = {"status_file": "/s f", "timeout": 600, "workdir": "/w d", "network_interface": "0.0.0.0"}
+    tail = ["--status-file", "/s f", "--host", "0.0.0.0", "--timeout", "600", "/w d", "--writable"]
+    for more, ports in (({}, []), ({"port_start": 1, "port_end": "2 3"}, ["--port-range", "1", "2 3"])):
+        names = {**given, **more}
+        assert command.words(template, {**names, "config": names}, extra={}, shell=None) == ["hashserver", *ports, *tail]
+
+
 @pytest.mark.parametrize("value", [None, [], 5, 1.5, object(), b"x"])
 def test_what_is_no_description(value):
     with pytest.raises(ConfigError, match="a mapping, or the path of a YAML file"):

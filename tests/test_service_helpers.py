@@ -193,7 +193,7 @@ def test_stop_ends_the_whole_tree(base, tmp_path):
         assert services.stop("k", grace=0.5) == "stopped" and time.monotonic() - began < 5
         process.wait(5)
         assert not any(alive(pid) for pid in pids) and alive(bystander.pid)
-        assert States(SERVER).read("k")["status"] == "running", "the file stays"  # type: ignore[index]
+        assert States(SERVER).read("k")["status"] == "stale", "the file stays"  # type: ignore[index]
         done = rhl("stop", "k", "none")
         assert done.stdout == "k: not running\nnone: missing state\n" and done.returncode == 0
     finally:
@@ -346,9 +346,44 @@ def test_persistent_directories(tmp_path):
     ]
     assert [row["path"] for row in rows] == [str(tmp_path / "full")]
     assert rhl("ps-persistent", words[2]).stdout.splitlines()[1].split() == [words[2], "absent", "-", "-"]
-    for bad in ("relative", "/etc", "/", str(tmp_path / ".hidden"), str(Path.home()), "~"):
-        assert rhl("ps-persistent", bad).returncode == 1, bad
-    assert rhl("ps-persistent", str(tmp_path), "--marker", "a/b").returncode == 1
+    assert rhl("ps-persistent", "relative").returncode == 1
+    for option in ("--marker", "--file"):
+        assert rhl("ps-persistent", str(tmp_path), option, "a/b").returncode == 1
+
+
+def test_how_deep_persistent_directories_are_looked_at(tmp_path, monkeypatch):
+    """Who is not behind the guard may look anywhere, also below ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a/M", "b/M", "b/x", "b/.c/M", "d/y"):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).write_text("")
+    os.symlink(tmp_path / "p" / "b", tmp_path / "p" / "link")
+
+    def rows(*words: str) -> dict[str, str]:
+        lines = rhl("ps-persistent", "~/p", *words, "--json").stdout.splitlines()
+        return {os.path.relpath(row["path"], tmp_path / "p"): row["state"] for row in map(json.loads, lines)}
+
+    assert rows() == {".": "populated"} and rows("--level", "1") == dict.fromkeys((".", "a", "b", "d"), "populated")
+    assert rows("--marker", "M") == {"a": "empty", "b": "populated"} and rows("--marker", "M", "--level", "0") == {}
+    assert rows("--marker", "M", "--level", "2") == {"a": "empty", "b": "populated", "b/.c": "empty"}
+    assert rows("--file", "M", "--level", "1") == {".": "empty", "a": "populated", "b": "populated", "d": "empty"}
+    absent = [json.loads(line) for line in rhl("ps-persistent", "~/none", "--marker", "M", "--json").stdout.splitlines()]
+    assert [row["state"] for row in absent] == ["absent"]
+
+
+def test_what_each_row_has(base):
+    """Scripts may count on these, whatever a file lacks."""
+    States(SERVER).write("bare", {"status": "failed"})
+    (base / "server" / "bad.json").write_text("{")
+    for words in ([], ["--no-status"]):
+        for line in rhl("ps", "--json", *words).stdout.splitlines():
+            assert {"key", "status", "port", "pid", "workdir", "log", "meta"} <= set(json.loads(line)) and json.loads(line)[
+                "meta"
+            ] == {}
+    States(SERVER).write("none", {"status": None})
+    assert "None" not in rhl("ps", "--no-status").stdout
+    for words in (["--host", "h"], ["--key", "--json"]):
+        assert rhl("ps", *words).returncode == 2, words
 
 
 def test_clear(tmp_path):
@@ -371,8 +406,10 @@ def test_clear(tmp_path):
         str(outside / "kept"),
         str(Path.home()),
         "/usr/../etc",
-        str(tmp_path / ".x" / "y"),
         "/proc/self/root/etc",
+        "~",
+        "/home",
+        "/dev",
     ):
         done = rhl("clear", bad)
         assert done.returncode == 1 and done.stdout == "", bad

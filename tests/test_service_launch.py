@@ -212,6 +212,21 @@ def test_a_handshake_that_fails_is_told_and_nothing_is_killed(where, place):
     assert alive(pid) and States(SERVER, str(where[1])).read("k")["pid"] == pid  # type: ignore[index]
 
 
+@pytest.mark.parametrize("tunnel", [False, True])
+@pytest.mark.parametrize("kind", ["local", "agent", "helpers"])
+def test_a_handshake_for_another_port(place, kind, tunnel):
+    """As of a scheduler whose dashboard is what speaks HTTP."""
+    with an_sshd(place, helpers=kind == "helpers") as server:
+        there = {} if kind == "local" else {"hostname": "127.0.0.1", "ssh_hostname": server.alias, "tunnel": tunnel}
+        config = place.config(words="--second-port", handshake={"path": "healthcheck", "port_name": "admin_port"}, **there)
+        first = run(config)
+        assert first["admin_port"] != first["port"] and run(config) == first
+        with pytest.raises(ServiceError, match="its other_port, which the handshake is for, is no port"):
+            run({**config, "handshake": {"path": "healthcheck", "port_name": "other_port"}, "start_timeout": 0.5})
+        with pytest.raises(ConfigError, match="port_name"):
+            run({**config, "handshake": {"path": "x", "port_name": "pid"}})
+
+
 def test_clocks_do_not_matter(place, monkeypatch):
     """The far side's clock is years behind, and what it says is never compared with ours."""
     real = time.time
@@ -261,7 +276,7 @@ def test_the_command_line(place):
     done = launcher(str(path))
     assert done.returncode == 1 and "line 3: command" in done.stderr
     path.write_text(json.dumps(place.config(env={"SECRET": "xyzzy"}, words="--show SECRET")))
-    logs = [str(place.root / name) for name in ("basic.log", "debug.log")]
+    logs = [str(place.root / name) for name in ("logs/new/basic.log", "debug.log")]
     done = launcher(str(path), "--connection-dir", str(place.root / "conn"), "--log-file", logs[0], "--debug-log-file", logs[1])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and (place.root / "conn" / "k.json").exists()
     steps, everything = (Path(name).read_text() for name in logs)
@@ -453,6 +468,9 @@ def test_a_guarded_host(place):
         assert alive(get(run(config)))
         with pytest.raises(ServiceError, match="not whitelisted"):
             run({**allowed, "key": "j"})
+        elsewhere = config["command"].replace("{status_file}", f"{server.home}/.ssh/authorized_keys")
+        with pytest.raises(ServiceError, match="--status-file is"):
+            run({**config, "key": "e", "command": elsewhere})
 
 
 @pytest.mark.parametrize("key", ["my key", "it's", "a$b", "k(1)"])

@@ -44,6 +44,7 @@ def test_as_python_does(template):
 @pytest.mark.parametrize(
     ("template", "expected"),
     [("{f'{timeout}-{x[0]:>3}'}", "600-  1"), ("{'''a'b'''}", "a'b"), ("{config[\"workdir\"].split('/')[1]}", "home"), ("{d[\"a\"]['b']}", "5"),
+     ("{' --port-range {} {}'.format(config.get('timeout'), x[0])}", " --port-range 600 1"), ("{'{1}{0!r:>6}{a[a][b]}{b[1]}{{}}'.format('x', 2, a=d, b=x)}", "2   'x'52{}"), ("{'{:{}}|'.format(1, 4)}", "   1|"),
      ('{"q" + "{"}', "q{"), ("{status}", "/x"), ("{'a\\\\b'}", "a\\b")],
 )  # fmt: skip
 def test_quotes_of_both_kinds_and_more(template, expected):
@@ -54,7 +55,9 @@ def test_quotes_of_both_kinds_and_more(template, expected):
     ("template", "position", "said"),
     [
         ("{x.__class__}", 2, "attribute"), ("ab{().__class__.__bases__[0]}", 4, "attribute"), ("{open('/etc/passwd')}", 2, "can't call open"),
-        ("{__import__('os')}", 2, "can't call"), ("{''.format(1)}", 2, "no method 'format'"), ("{s.format_map(d)}", 2, "no method"), ("{s.encode()}", 2, "no method"),
+        ("{__import__('os')}", 2, "can't call"), ("{'{0.__class__}'.format(s)}", 2, "attribute"), ("{'{a.b}'.format(a=s)}", 2, "attribute"), ("{'{0[a].b}'.format(d)}", 2, "attribute"), ("{'{0[a'.format(d)}", 2, "ValueError"), ("{'{0[x.y]}'.format(d)}", 2, "KeyError"),
+        ("{'{:>99999}'.format(1)}", 2, "4096"), ("{'{:{:{}}}'.format(1, 2, 3)}", 2, "fields in fields"), ("{'{} {0}'.format(1)}", 2, "with a number and"), ("{'{}'.format()}", 2, "IndexError"),
+        ("{'{x}'.format()}", 2, "KeyError"), ("{'{'.format()}", 2, "ValueError"), ("{'{!z}'.format(1)}", 2, "conversion"), ("{'{0[0]}'.format({1})}", 2, "can't reach"), ("{s.format_map(d)}", 2, "no method"), ("{s.encode()}", 2, "no method"),
         ("{(lambda: 1)()}", 2, "can't call"), ("{(y := 1)}", 2, "NamedExpr"), ("{getattr(s, 'upper')()}", 2, "can't call"), ("{eval('1')}", 2, "can't call"),
         ("{config.update({})}", 2, "no method"), ("{x.append(1)}", 2, "no method"), ("{d.__getitem__('a')}", 2, "no method"), ("{globals()}", 2, "can't call"),
         ("{str.upper}", 2, "attribute"), ("{s.upper}", 2, "attribute"), ("{'a' * 10 ** 9}", 2, "too large"), ("{2 ** 10 ** 6}", 2, "too large"), ("{1 << 99999}", 2, "too large"),

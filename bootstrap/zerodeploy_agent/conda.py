@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CACHE = "conda-setup.json"
 _LIMIT_S = 60.0
+_LOGIN_S = 10.0
+_MOST_BYTES = 1 << 20
 #: where installers put it, below the home directory and for all
 _BASES = (
     "~/miniforge3",
@@ -82,9 +84,35 @@ def _programs(environment: "Mapping[str, str]") -> "Iterator[str]":
             yield program
     for base in _BASES:
         yield os.path.join(base.replace("~", home, 1), "bin", "conda")
+    for program in (*_of_shell_files(home), *_of_login_shell(environment)):
+        yield program
     for program in (environment.get("MAMBA_EXE"), shutil.which("micromamba", path=search), os.path.join(home, ".local/bin/micromamba"),
                     os.path.join(home, "bin/micromamba"), os.path.join(home, "micromamba/bin/micromamba")):  # fmt: skip
         if program:
+            yield program
+
+
+def _of_shell_files(home: str) -> "Iterator[str]":
+    """Programs that ``conda init`` has written into the files of shells: lines with '/…/bin/conda'."""
+    import re
+
+    for name in (".bashrc", ".bash_profile", ".profile", ".zshrc", ".zprofile"):
+        try:
+            with open(os.path.join(home, name), "rb") as file:
+                text = os.fsdecode(file.read(_MOST_BYTES))
+        except OSError:
+            continue
+        for found in re.finditer(r"""(/[^\s"'`$;&|()<>]+)/(?:bin/(?:conda|activate)|etc/profile\.d/conda\.sh)\b""", text):
+            yield os.path.join(found[1], "bin", "conda")
+
+
+def _of_login_shell(environment: "Mapping[str, str]") -> "Iterator[str]":
+    """The conda that somebody has who logs in here: bash is asked, after its files."""
+    mark = "zerodeploy-conda="
+    told = _output(["bash", "-lc", 'echo "%s${CONDA_EXE:-$(type -P conda)}"' % mark], environment, _LOGIN_S)
+    for line in told.decode("utf-8", "surrogateescape").splitlines():
+        at, found, program = line.partition(mark)
+        if found and os.path.isabs(program):
             yield program
 
 
@@ -121,7 +149,7 @@ def _line_of(argv: "Sequence[str]", environment: "Mapping[str, str]") -> str:
     return lines[-1].strip() if lines and os.path.isabs(lines[-1].strip()) else ""
 
 
-def _output(argv: "Sequence[str]", environment: "Mapping[str, str]") -> bytes:
+def _output(argv: "Sequence[str]", environment: "Mapping[str, str]", limit: float = _LIMIT_S) -> bytes:
     try:
         done = subprocess.run(
             list(argv),
@@ -129,7 +157,7 @@ def _output(argv: "Sequence[str]", environment: "Mapping[str, str]") -> bytes:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=dict(environment),
-            timeout=_LIMIT_S,
+            timeout=limit,
         )
     except (OSError, subprocess.TimeoutExpired):
         return b""
@@ -182,4 +210,5 @@ def activated(setup: "Mapping[str, Any]", words: "Sequence[str]") -> "List[str]"
     """The command line that becomes *words* in the environment of `prefix_or_refresh`'s *setup*."""
     if setup.get("mamba"):
         return ["/bin/bash", "-c", _ACTIVATE_MAMBA, "bash", str(setup["mamba"]), setup["prefix"], *words]
-    return ["/bin/bash", "-c", _ACTIVATE, "bash", setup["conda_source"], setup["prefix"], *words]
+    source = setup.get("conda_source") or os.path.join(str(setup["conda_base"]), "etc/profile.d/conda.sh")
+    return ["/bin/bash", "-c", _ACTIVATE, "bash", str(source), setup["prefix"], *words]

@@ -167,6 +167,12 @@ def port_of(state: "Mapping[str, Any]", name: str = "port") -> "Optional[int]":
     return port if isinstance(port, int) and not isinstance(port, bool) and 0 < port < 65536 else None
 
 
+def target_of(handshake: str) -> "Tuple[str, str]":
+    """The field of the port that a handshake is for, and its path: ``/path`` or ``FIELD:/path``."""
+    name, colon, path = handshake.partition(":")
+    return (name, path) if colon and not handshake.startswith("/") else ("port", handshake)
+
+
 def ports_of(state: "Mapping[str, Any]") -> "Dict[str, int]":
     """All of its ports, by field."""
     found = {name: port_of(state, name) for name in statefile.port_names(state)}
@@ -201,7 +207,11 @@ def answering(service: Instance, state: "Dict[str, Any]", handshake: "Optional[s
     address = accepting[0]
     if handshake is None:
         return address, ""
-    url = services.url_of(address, port, handshake)
+    name, path = target_of(handshake)
+    port = port_of(state, name)
+    if port is None:
+        return address, "its %s, which the handshake is for, is no port: %.50r" % (name, state.get(name))
+    url = services.url_of(address, port, path)
     said = services.handshake(url, _PROBE_S)[1]
     return address, "GET %s: %s" % (url, said) if said else ""
 

@@ -10,7 +10,7 @@ import stat
 import time
 
 from .instances import Instance
-from .statefile import MALFORMED, SERVER, StateError, States, lives, pid_of
+from .statefile import MALFORMED, RUNNING, SERVER, STALE, STARTING, StateError, States, lives, pid_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class ServiceFault(Exception):
 
 
 def stop(key: str, base: "Optional[str]" = None, grace: float = _STOP_S) -> str:
-    """End the service and all that it has started: SIGTERM, *grace* seconds, SIGKILL. Says how it went; the file stays.
+    """End the service and all that it has started: SIGTERM, *grace* seconds, SIGKILL. Says how it went; the file stays, and says ``stale``.
 
     That includes what has left its parent or its session (`processtree.tree`), what a service that has ended left running, and a
     service whose file was damaged or removed. Raises `StateError` for a file of no use where no launch has been recorded either,
@@ -49,6 +49,11 @@ def stop(key: str, base: "Optional[str]" = None, grace: float = _STOP_S) -> str:
         if found.state is None and not found.wrong:
             states.forget(key)
             return "stopped" if roots else "missing state"
+        if found.state is not None and found.state.get("status") in (STARTING, RUNNING):
+            try:
+                states.write(key, dict(states.read(key) or found.state, status=STALE))
+            except (OSError, StateError):
+                pass  # a full disk: who looks sees that it is not running
         return "stopped" if roots else "not running"
     finally:
         os.close(fd)
@@ -100,6 +105,10 @@ def remove(key: str, base: "Optional[str]" = None) -> "Dict[str, Optional[str]]"
         os.close(fd)
 
 
+#: what each row of `server_rows` has
+_EMPTY: "Dict[str, Any]" = {"port": None, "pid": None, "workdir": None, "log": None, "meta": {}}
+
+
 def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[str, Any]]":
     """The services of this host: their states, with ``key``, ``live``, ``json_status`` (what the file says) and ``status``."""
     states = States(SERVER, base)
@@ -119,22 +128,13 @@ def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[st
             live = found.alive
         if wrong:
             pid = found.pid or None if found is not None else None
-            yield {
-                "key": key,
-                "status": MALFORMED,
-                "port": None,
-                "pid": pid,
-                "workdir": None,
-                "log": None,
-                "live": live,
-                "error": wrong,
-            }
+            yield dict(_EMPTY, key=key, status=MALFORMED, pid=pid, live=live, error=wrong)
             continue
         status = state.get("status")
         shown = status if isinstance(status, str) or not probed else MALFORMED
         if live is False and found is not None:
             shown = found.status(False)
-        yield dict(state, key=key, status=shown, json_status=status, live=live, port=state.get("port"))
+        yield dict(_EMPTY, **dict(state, key=key, status=shown, json_status=status, live=live))
 
 
 def url_of(host: str, port: int, path: str) -> str:
@@ -236,16 +236,17 @@ def _status_over_tls(url: str, timeout: float) -> int:
         raise ValueError(str(error)) from None
 
 
-def check_directory(path: str, home: "Optional[str]" = None, system: "Sequence[str]" = SYSTEM) -> str:
-    """*path*, resolved, if it may be looked into or cleared: as it is written, and where it leads. Raises `ServiceFault`.
+def check_directory(path: str, home: "Optional[str]" = None, system: "Sequence[str]" = SYSTEM, hidden: bool = False) -> str:
+    """*path*, resolved, if it may be cleared: as it is written, and where it leads. Raises `ServiceFault`.
 
     Args:
         home: default: this user's.
         system: directories that are refused by themselves, not what is below them.
+        hidden: whether a part of it may begin with a dot.
     """
     if not os.path.isabs(path):
         raise ServiceFault("not an absolute path: %.200r" % path)
-    if any(part.startswith(".") for part in path.split("/")):
+    if not hidden and any(part.startswith(".") for part in path.split("/")):
         raise ServiceFault("a part of the path begins with a dot: %.200r" % path)
     home = os.path.expanduser("~") if home is None else home
     resolved = os.path.realpath(path)
@@ -255,7 +256,7 @@ def check_directory(path: str, home: "Optional[str]" = None, system: "Sequence[s
         for top in (os.path.normpath(home), os.path.realpath(home)):
             if top == each or top.startswith(each.rstrip("/") + "/"):
                 raise ServiceFault("refusing to operate on the home directory or what it is in: %.200r" % each)
-    if any(part.startswith(".") for part in resolved.split("/")):
+    if not hidden and any(part.startswith(".") for part in resolved.split("/")):
         raise ServiceFault("a part of the path begins with a dot: %.200r" % resolved)
     return resolved
 
@@ -288,9 +289,12 @@ def open_directory(path: str, create: bool = False) -> int:
 
 
 def resolved_directory(path: str, exact: bool) -> str:
-    """`check_directory`. *exact*: somebody has looked at *path* before, so it must not lead elsewhere by now."""
+    """`check_directory`, where ``~/`` is the home directory. *exact*: rhl-guard has looked at *path* before and allows nothing
+    hidden, so it must not lead elsewhere by now."""
+    if not exact:
+        return check_directory(os.path.expanduser(path), hidden=True)
     resolved = check_directory(path)
-    if exact and resolved != os.path.normpath(path):
+    if resolved != os.path.normpath(path):
         raise ServiceFault("the path leads elsewhere now: %.200s" % path)
     return resolved
 
@@ -330,25 +334,49 @@ def _remove(at: int, name: str) -> None:
     os.rmdir(name, dir_fd=at)
 
 
-def persistent(path: str, marker: "Optional[str]" = None, exact: bool = False) -> "List[Dict[str, Any]]":
-    """What is kept in *path*: ``state`` absent, empty or populated. With *marker*: of it, or the directories directly in it, those
-    that hold a file of that name. Raises `ServiceFault`."""
-    resolved = resolved_directory(path, exact)
-    if marker is not None:
-        if "/" in marker or marker in ("", ".", ".."):
-            raise ServiceFault("a marker is the name of a file: %r" % marker)
-        below = []
-        if os.path.isdir(resolved):
-            below = [
-                os.path.join(resolved, name)
-                for name in sorted(os.listdir(resolved))
-                if not os.path.islink(os.path.join(resolved, name))
-            ]
-        return [_kept(each) for each in [resolved, *below] if os.path.isdir(each) and os.path.lexists(os.path.join(each, marker))]
-    return [_kept(resolved)]
+def persistent(path: str, marker: "Optional[str]" = None, exact: bool = False, level: "Optional[int]" = None,
+               file: "Optional[str]" = None) -> "List[Dict[str, Any]]":  # fmt: skip
+    """What is kept in *path*: ``state`` absent, empty or populated, with ``path``, ``size`` and ``modified``.
+
+    Args:
+        marker: only directories that hold a file of that name, which counts as nothing kept; a path that is absent is told.
+        exact: of `resolved_directory`; without it any path may be looked at.
+        level: how deep below *path*: default 0, with *marker* 1. Links are not followed.
+        file: populated is what holds a file of that name.
+
+    Raises:
+        ServiceFault: no absolute path, or no name of a file.
+    """
+    if exact:
+        resolved = resolved_directory(path, exact)
+    elif os.path.isabs(os.path.expanduser(path)):
+        resolved = os.path.realpath(os.path.expanduser(path))
+    else:
+        raise ServiceFault("not an absolute path: %.200r" % path)
+    for name in (marker, file):
+        if name is not None and ("/" in name or name in ("", ".", "..")):
+            raise ServiceFault("this is the name of a file, not a path: %.200r" % name)
+    if not os.path.isdir(resolved):
+        return [_kept(resolved, marker, file)]
+    places = _below(resolved, (0 if marker is None else 1) if level is None else level)
+    return [_kept(each, marker, file) for each in places if marker is None or os.path.lexists(os.path.join(each, marker))]
 
 
-def _kept(path: str) -> "Dict[str, Any]":
+def _below(path: str, level: int) -> "Iterator[str]":
+    """*path* and the directories in it, *level* deep."""
+    yield path
+    try:
+        names = sorted(os.listdir(path)) if level > 0 else []
+    except OSError:
+        return
+    for name in names:
+        each = os.path.join(path, name)
+        if os.path.isdir(each) and not os.path.islink(each):
+            for below in _below(each, level - 1):
+                yield below
+
+
+def _kept(path: str, marker: "Optional[str]", file: "Optional[str]") -> "Dict[str, Any]":
     shown: "Dict[str, Any]" = {"path": path, "state": "absent", "size": None, "modified": None}
     try:
         fd = open_directory(path)
@@ -358,7 +386,13 @@ def _kept(path: str) -> "Dict[str, Any]":
     except OSError:
         return shown
     try:
-        if os.listdir(fd):
+        if file is not None:
+            try:
+                info = os.stat(file, dir_fd=fd, follow_symlinks=False)
+            except OSError:
+                return dict(shown, state="empty")
+            return dict(shown, state="populated", size=info.st_size, modified=_when(info.st_mtime))
+        if any(name != marker for name in os.listdir(fd)):
             return dict(shown, state="populated", modified=_when(os.fstat(fd).st_mtime))
         return dict(shown, state="empty")
     finally:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 16
 _LOCK_S = 60.0
+_STOPPED_S = 0.2  # who stops us has the lock, and notes it
 _LINGER_S = 1.0  # for output of what the service has left running
 _LEFT_S = 5.0  # between SIGTERM and SIGKILL for that
 MOST, DELAY_S, MOST_DELAY_S = 10, 1.0, 60.0
@@ -195,16 +196,16 @@ class Watch:
                 "status": FAILED,
                 "reason": "it has ended %d times in a row, at last with %s" % (self._restarts + 1, _ending(status)),
             }
-        self._note(status, gone)
+        self._note(status, gone, limit=_STOPPED_S if self._stopping else _LOCK_S)
 
-    def _note(self, status: int, changes: "Dict[str, Any]", *, locked: bool = False) -> None:
+    def _note(self, status: int, changes: "Dict[str, Any]", *, locked: bool = False, limit: float = _LOCK_S) -> None:
         """Write into the state file how the service has ended, if the file still is about it."""
         states, key, lock = self.wanted.states, self.wanted.key, -1
         if not os.path.isdir(states.folder):
             return
         try:
             if not locked:
-                lock = states.lock(key, _LOCK_S)
+                lock = states.lock(key, limit)
             found = Instance(states, key)
             if not self._is_ours(found):
                 return

@@ -77,14 +77,17 @@ class Config:
 
     @property
     def handshake(self) -> str | None:
-        """Path and query, with a leading slash; None where an open port is enough."""
+        """As `hosting.target_of` reads it: path and query, with a leading slash, behind ``FIELD:`` if it is not for ``port``; None
+        where an open port is enough."""
         given = self.data.get("handshake")
         if given is None:
             return None
+        where = ""
         if isinstance(given, Mapping):
+            where = f"{given['port_name']}:" if given.get("port_name", "port") != "port" else ""
             query = urlencode({str(name): _shown(value) for name, value in (given.get("parameters") or {}).items()})
             given = f"{given['path']}{'&' if '?' in given['path'] else '?'}{query}" if query else given["path"]
-        return "/" + str(given).lstrip("/")
+        return where + "/" + str(given).lstrip("/")
 
     @property
     def start_timeout(self) -> float:

@@ -191,7 +191,11 @@ class HelperExecutor(Executor):
             if status == 0:
                 if handshake is None:
                     return ""
-                url = services.url_of(address, port, handshake)
+                name, path = hosting.target_of(handshake)
+                asked = hosting.port_of(state, name)
+                if asked is None:
+                    return f"its {name}, which the handshake is for, is no port"
+                url = services.url_of(address, asked, path)
                 status, _, err = self.run(["rhl-handshake", url], ok=(0, 1, 2))
                 return "" if status == 0 else err.strip() or f"GET {url}: no answer with 2xx"
             said = said or err.strip()

@@ -28,7 +28,6 @@ GUARDED = "RHL_GUARDED"
 #: what may be launched behind the guard when no list says more
 SEAMLESS = frozenset(("hashserver", "seamless-database", "seamless-jobserver", "seamless-dask-wrapper"))
 _MOST_BYTES = 1 << 20
-
 _PROBE_S = 5.0
 _HERE = (None, "localhost", "127.0.0.1", "::1")  # a connection to this machine is through no host
 
@@ -73,7 +72,12 @@ def parse(name: str, argv: Sequence[str]) -> Given:
         return Given(**{**_PLAIN_PS, "json": bool(words)})
     made = parser(name)
     if name != "rhl-launch-service":
-        return made.parse_intermixed_args(words, Given())
+        given = made.parse_intermixed_args(words, Given())
+        if name == "rhl-ps" and given.host is not None and not given.client:
+            made.error("--host requires --client")
+        if name == "rhl-ps" and given.key and given.json:
+            made.error("--key and --json are mutually exclusive")
+        return given
     at = words.index("--") if "--" in words else len(words)
     given = made.parse_args(words[:at], Given())
     given.command = words[at + 1 :]
@@ -132,9 +136,9 @@ def _inspect(given: Given) -> int:
     if state is None:
         return _say("rhl-inspect", f"no state file for {given.key!r}")
     if given.with_mtime:
-        print(json.dumps({"mtime": os.stat(states.path(given.key)).st_mtime, "data": state}, separators=(",", ":")))
+        print(json.dumps({"mtime": os.stat(states.path(given.key)).st_mtime, "data": state}, separators=(",", ":"), sort_keys=True))
     else:
-        print(json.dumps(state, indent=2))
+        print(json.dumps(state, indent=2, sort_keys=True))
     return 0
 
 
@@ -189,11 +193,11 @@ def _ps(given: Given) -> int:
         _table(
             [
                 ["KEY", "SSH-HOST", "HOST", "PORT"],
-                *([row["key"], str(row["ssh_host"]), str(row["host"]), _shown(row["port"])] for row in rows),
+                *([row["key"], _shown(row["ssh_host"]), _shown(row["host"]), _shown(row["port"])] for row in rows),
             ]
         )
     else:
-        _table([["KEY", "STATUS", "PORT"], *([row["key"], str(row["status"]), _shown(row["port"])] for row in rows)])
+        _table([["KEY", "STATUS", "PORT"], *([row["key"], _shown(row["status"]), _shown(row["port"])] for row in rows)])
     return 0
 
 
@@ -294,11 +298,13 @@ def _guarded() -> bool:
 def _persistent_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("paths", nargs="+", metavar="PATH")
     made.add_argument("--marker", metavar="FILENAME", help="only directories that hold a file of this name")
+    made.add_argument("--level", type=_whole_number, metavar="N", help="how deep to look below PATH; default 0, 1 with --marker")
+    made.add_argument("--file", metavar="FILENAME", help="populated is what holds a file of this name")
     made.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def _ps_persistent(given: Given) -> int:
-    rows = [row for path in given.paths for row in services.persistent(path, given.marker, _guarded())]
+    rows = [row for path in given.paths for row in services.persistent(path, given.marker, _guarded(), given.level, given.file)]
     if given.json:
         for row in rows:
             print(_json(row))
@@ -356,6 +362,11 @@ def _launch(given: Given) -> int:
     settings = _settings() if given.settings_stdin else {}
     if guarded and "env" in settings:
         return _say("rhl-launch-service", "behind rhl-guard the environment is the host's: env can't be given")
+    path = States(SERVER).path(given.key)
+    if guarded and not all(
+        each in ("{status_file}", f"~/.remote-http-launcher/server/{given.key}.json", path) for each in _status_files(given.command)
+    ):
+        return _say("rhl-launch-service", f"behind rhl-guard --status-file is {path}, or {{status_file}}")
     if guarded and given.conda_env and os.path.isabs(given.conda_env):
         return _say("rhl-launch-service", "behind rhl-guard a conda environment is a name, not a path")
     state = launching.launch(
@@ -369,6 +380,14 @@ def _launch(given: Given) -> int:
         _say("rhl-launch-service", f"{given.key!r} is running already")
     print(_json(state))
     return 0
+
+
+def _status_files(command: Sequence[str]) -> Iterator[str]:
+    """What a service is told to write its state to."""
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option in ("--status-file", "--status_file"):
+            yield value if equals else following
 
 
 def _settings() -> dict[str, Any]:

@@ -184,7 +184,11 @@ class Launcher:
             return "the connection file has no hostname and port"
         if self.config.handshake is None:
             return services.verify_port(host, port, tries=1)
-        url = services.url_of(host, port, self.config.handshake)
+        name, path = hosting.target_of(self.config.handshake)
+        asked = hosting.port_of(state, name)
+        if asked is None:
+            return f"the connection file has no {name}"
+        url = services.url_of(host, asked, path)
         self.observer.detail(f"local handshake: {url}")
         said = services.handshake(url, _HANDSHAKE_S)[1]
         return f"GET {url}: {said}" if said else ""

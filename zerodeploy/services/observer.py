@@ -28,7 +28,7 @@ class Observer:
 
     Args:
         level: one of `LEVELS`.
-        log_file, debug_log_file: files to add to: the steps, and everything.
+        log_file, debug_log_file: files to add to: the steps, and everything. Their directories are made.
         stream: default standard error.
 
     Raises:
@@ -46,8 +46,10 @@ class Observer:
         self._files: list[IO[str]] = []
         for path, all_of_it in ((log_file, False), (debug_log_file, True)):
             if path:
+                place = os.path.abspath(os.path.expanduser(path))
                 try:
-                    file = open(os.path.expanduser(path), "a", encoding="utf-8", buffering=1)
+                    os.makedirs(os.path.dirname(place), exist_ok=True)
+                    file = open(place, "a", encoding="utf-8", buffering=1)
                 except OSError as error:
                     raise ServiceError(f"the log {path} can't be written: {error.strerror}") from None
                 self._files.append(file)

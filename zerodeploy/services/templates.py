@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zerodeploy.errors import TemplateError
+from zerodeploy.services.strformat import formatted
 
 __all__ = ["FUNCTIONS", "METHODS", "Part", "evaluate", "parts"]
 
@@ -30,10 +31,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "round": round, "sorted": sorted, "str": str, "sum": sum, "list": list, "tuple": tuple, "dict": dict, "set": set, "range": range,
     "enumerate": enumerate, "zip": zip, "reversed": reversed,
 }  # fmt: skip
-#: by type. ``format`` and ``format_map`` are missing: their fields reach attributes
+#: by type. ``format`` is `strformat.formatted`: the real one's fields reach attributes
 METHODS: dict[type, frozenset[str]] = {
     str: frozenset((
-        "capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "index", "isalnum", "isalpha",
+        "capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "format", "index", "isalnum", "isalpha",
         "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle",
         "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind",
         "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title",
@@ -173,6 +174,10 @@ class _Template:
             self._check_text(value, start)
             result = _CONVERT[conversion](value)
         return Part(shown + self._formatted(result, spec or "", start), True, value, direct and not shown), end + 1
+
+    def _written(self, value: Any, spec: str) -> str:
+        """A field of ``str.format``."""
+        return str(self._bounded(self._formatted(value, spec, self._at), self._at))
 
     def _formatted(self, value: Any, spec: str, at: int) -> str:
         if any(int(number) > 4096 for number in re.findall(r"\d+", spec)):
@@ -393,12 +398,14 @@ class _Template:
             raise self._fail(self._at, f"templates can't call {ast.unparse(node.func)}")
         args = [self._value(each, names, depth) for each in node.args]
         options = {str(each.arg): self._value(each.value, names, depth) for each in node.keywords}
-        if "key" in options:
+        if "key" in options and not isinstance(value, str):
             raise self._fail(self._at, "templates can't hold a function")
         if value is None:
             for each in args:
                 self._check_text(each, self._at)
         self._check_call(value, node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id, args)
+        if isinstance(value, str) and action.__name__ == "format":
+            return formatted(value, args, options, self._written)
         result = action(*args, **options)
         if isinstance(result, range | enumerate | zip | reversed) or type(result).__name__ in (
             "dict_keys",
