@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import time
 
-from .procfs import age_of, belongs_to_us, boot_id, listeners, runs, start_of
+from .procfs import age_of, belongs_to_us, boot_id, is_alive, listeners, runs, start_of, stat_of
 from .statefile import MALFORMED, RUNNING, STALE, STARTING, StateError, States, lives, pid_of, port_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, List, Optional, Set
+    from typing import Any, Dict, List, Optional, Set, Tuple
 
 ABSENT = "absent"
 #: what names a launch, in both files
@@ -26,6 +26,28 @@ _KEPT = ("workdir", "log", "command", "uid", "pid", "pid_start", "boot_id", "net
 _SLACK_S = 0.5  # between a file's time and the clock that a process's start is reckoned by
 
 
+class Census:
+    """Who carries which launch, as of the first time that it is asked: for all services of one look."""
+
+    def __init__(self) -> None:
+        self._found: "Optional[Dict[str, Set[int]]]" = None
+
+    def of(self, launch: str) -> "Set[int]":
+        if self._found is None:
+            from .processtree import carriers
+
+            self._found = carriers()
+        return self._found.get(launch, set())
+
+
+def _read(states: States, key: str) -> "Tuple[Optional[Dict[str, Any]], str]":
+    states.path(key)
+    try:
+        return states.read(key), ""
+    except StateError as error:
+        return None, str(error)
+
+
 class Instance:
     """The service of *key* as this host knows it, at one moment.
 
@@ -34,18 +56,14 @@ class Instance:
         wrong: why it is of no use, else empty.
     """
 
-    def __init__(self, states: States, key: str, census: "Optional[Dict[str, Set[int]]]" = None) -> None:
-        """*census*: of `processtree.carriers`, of just now. Raises `StateError` for what is no key."""
-        self.states, self.key, self.wrong = states, key, ""
-        self.state: "Optional[Dict[str, Any]]" = None
-        states.path(key)
-        try:
-            self.state = states.read(key)
-        except StateError as error:
-            self.wrong = str(error)
+    def __init__(self, states: States, key: str, census: "Optional[Census]" = None,
+                 seen: "Optional[Tuple[Optional[Dict[str, Any]], str]]" = None) -> None:  # fmt: skip
+        """*seen*: `state` and `wrong`, if they have just been read. Raises `StateError` for what is no key."""
+        self.states, self.key = states, key
+        self.state, self.wrong = seen or _read(states, key)
         self._record: "Optional[Dict[str, Any]]" = None
         self._known: "Optional[Dict[str, Any]]" = None
-        self._census = census
+        self._census = census or Census()
 
     @property
     def record(self) -> "Dict[str, Any]":
@@ -78,12 +96,13 @@ class Instance:
     def pid(self) -> int:
         """Of its own process; 0 where that has ended."""
         known = self.known
-        if lives(known):
-            return pid_of(known)
         pid = pid_of(known)
-        if pid and pid != self.record.get("pid") and runs(pid):
-            if pid in self._carriers() or ("pid_start" not in known and self._was_before_the_file(pid)):
-                return pid
+        if lives(known):
+            return pid
+        if pid and "pid_start" not in known and self._was_before_the_file(pid):
+            return pid
+        if pid and pid != self.record.get("pid") and runs(pid) and pid in self._carriers():
+            return pid
         return pid_of(self.record) if lives(self.record) else 0
 
     @property
@@ -105,25 +124,21 @@ class Instance:
         launches = self.launches
         if not launches or not self._of_this_boot():
             return set()
-        if self._census is None:
-            from .processtree import carriers
-
-            self._census = carriers()
-        return {pid for launch in launches for pid in self._census.get(launch, ())}
+        return {pid for launch in launches for pid in self._census.of(launch)}
 
     def _of_this_boot(self) -> bool:
         return boot_id() in (self.known.get("boot_id"), self.record.get("boot_id"))
 
     def _was_before_the_file(self, pid: int) -> bool:
         """Whether it can be the one that a state without ``pid_start`` speaks of: not if its number was given away since."""
-        if not belongs_to_us(pid):
+        fields = stat_of(pid) if belongs_to_us(pid) else []
+        if not is_alive(fields):
             return False
         try:
             written = os.stat(self.states.path(self.key)).st_mtime
         except OSError:
             return False
-        age = age_of(pid)
-        return age >= 0 and time.time() - age <= written + _SLACK_S
+        return time.time() - age_of(fields) <= written + _SLACK_S
 
     def roots(self) -> "List[int]":
         """All of its processes that can be named, who watches it first, then its own."""
@@ -230,4 +245,4 @@ def settle(states: States, key: str) -> Instance:
     return service
 
 
-__all__ = ["ABSENT", "LAUNCH", "Instance", "settle"]
+__all__ = ["ABSENT", "LAUNCH", "Census", "Instance", "settle"]

@@ -56,9 +56,19 @@ def stat_of(pid: int) -> "List[bytes]":
         return []
 
 
+def is_alive(fields: "List[bytes]") -> bool:
+    """Whether a process with these fields (`stat_of`) lives; a zombie does not, nor does none."""
+    return fields[:1] not in ([], [b"Z"], [b"X"])
+
+
+def start_in(fields: "List[bytes]") -> str:
+    """When it was started (proc(5), field 22 of stat, clock ticks since boot); empty where nobody tells."""
+    return b"".join(fields[19:20]).decode("ascii")
+
+
 def runs(pid: int) -> bool:
     """Whether it lives; a zombie does not."""
-    return stat_of(pid)[:1] not in ([], [b"Z"], [b"X"])
+    return is_alive(stat_of(pid))
 
 
 def in_group(pid: int, group: int) -> bool:
@@ -68,8 +78,8 @@ def in_group(pid: int, group: int) -> bool:
 
 
 def start_of(pid: int) -> str:
-    """When the process *pid* was started (proc(5), field 22 of stat, clock ticks since boot); empty where nobody tells."""
-    return b"".join(stat_of(pid)[19:20]).decode("ascii")
+    """`start_in` of the process *pid*."""
+    return start_in(stat_of(pid))
 
 
 def environment_of(pid: int) -> bytes:
@@ -89,12 +99,11 @@ def belongs_to_us(pid: int) -> bool:
         return False
 
 
-def age_of(pid: int) -> float:
-    """Seconds since its start; negative where nobody tells."""
+def age_of(fields: "List[bytes]") -> float:
+    """Seconds since the start of a process with these fields (`stat_of`)."""
     import time
 
-    start = start_of(pid)
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(start) / os.sysconf("SC_CLK_TCK") if start else -1.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def listeners(pids: "Iterable[int]", port: int) -> "List[Tuple[str, int]]":
@@ -102,8 +111,9 @@ def listeners(pids: "Iterable[int]", port: int) -> "List[Tuple[str, int]]":
 
     Of /proc/net/tcp and tcp6 (proc(5)): address and port in hexadecimal, state 0A, inode.
     """
+    pids = list(pids)
     places: "Dict[str, str]" = {}
-    for table in ("tcp", "tcp6"):
+    for table in ("tcp", "tcp6") if pids else ():
         try:
             with open("/proc/net/" + table, "rb") as file:
                 for line in file:

@@ -9,7 +9,7 @@ import os
 import stat
 import time
 
-from .instances import Instance
+from .instances import Census, Instance
 from .statefile import MALFORMED, RUNNING, SERVER, STALE, STARTING, StateError, States, lives, pid_of
 
 TYPE_CHECKING = False
@@ -112,20 +112,15 @@ _EMPTY: "Dict[str, Any]" = {"port": None, "pid": None, "workdir": None, "log": N
 def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[str, Any]]":
     """The services of this host: their states, with ``key``, ``live``, ``json_status`` (what the file says) and ``status``."""
     states = States(SERVER, base)
-    census: "Optional[Dict[str, Any]]" = None
+    census = Census()
     for key, state, wrong in states.all():
         found: "Optional[Instance]" = None
         live: "Optional[bool]" = None
         if probed and not wrong and lives(state):
             live = True
         elif probed:
-            if census is None:
-                from .processtree import carriers
-
-                census = carriers()
-            found = Instance(states, key, census)
-            state, wrong = found.known if found.state is not None else {}, found.wrong
-            live = found.alive
+            found = Instance(states, key, census, (None if wrong else state, wrong))
+            state, live = found.known, found.alive
         if wrong:
             pid = found.pid or None if found is not None else None
             yield dict(_EMPTY, key=key, status=MALFORMED, pid=pid, live=live, error=wrong)

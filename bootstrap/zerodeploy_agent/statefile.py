@@ -12,7 +12,7 @@ import os
 import stat
 import time
 
-from .procfs import belongs_to_us, boot_id, runs, start_of
+from .procfs import belongs_to_us, boot_id, is_alive, start_in, start_of, stat_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -232,8 +232,8 @@ def lives(state: "Mapping[str, Any]") -> bool:
 
     A state without them says nothing of anybody: see `instances.Instance`.
     """
-    pid = pid_of(state)
-    if not pid or not belongs_to_us(pid):
+    pid, start = pid_of(state), state.get("pid_start")
+    if not pid or not start or state.get("boot_id") != boot_id() or not belongs_to_us(pid):
         return False
-    start = start_of(pid)
-    return bool(start) and runs(pid) and state.get("pid_start") == start and state.get("boot_id") == boot_id()
+    fields = stat_of(pid)
+    return bool(fields) and is_alive(fields) and start_in(fields) == start
