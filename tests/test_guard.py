@@ -93,8 +93,17 @@ def test_data_roots(home, tmp_path):
             decide(f"rhl-clear {path}", policy, str(home))
     with pytest.raises(GuardRefused, match="data root"):
         decide(f"rhl-ps-persistent {home}/data {home}/other", policy, str(home))
-    both = decide(f"rhl-ps-persistent {home}/data --json --marker MARK {home}/data/deep", policy, str(home))
-    assert both == ["rhl-ps-persistent", "--marker=MARK", "--json", "--", f"{home}/data", f"{home}/data/deep"]
+    both = decide(f"rhl-ps-persistent {home}/data --json --marker MARK --file F --level 2 {home}/data/deep", policy, str(home))
+    assert both == [
+        "rhl-ps-persistent",
+        "--marker=MARK",
+        "--level=2",
+        "--file=F",
+        "--json",
+        "--",
+        f"{home}/data",
+        f"{home}/data/deep",
+    ]
     assert helpers.parser(both[0]).parse_intermixed_args(both[1:]).paths == [f"{home}/data", f"{home}/data/deep"]
     assert decide("rhl-ps", policy, str(home)) == ["rhl-ps"]
 

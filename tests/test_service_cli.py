@@ -77,6 +77,11 @@ def life(place, service, where: list[str], base) -> None:
     assert good(service("logs", *where, "k", "--tail", "1")).startswith("args ") and good(
         service("logs", *[*where, "k"][::-1])
     ).startswith("args ")
+    assert json.loads(good(service("logs", *where, "k", "--json")))["text"].startswith("args ")
+    assert json.loads(good(service("up", *where, str(path), "--dry-run", "--json")))["command"].split()[0] in (
+        "myservice",
+        "hashserver",
+    )
     assert good(service("stop", *where, "k")) == "k: stopped\n" and not alive(row["pid"])
     assert json.loads(good(service("inspect", *where, "k", "--json")))["status"] == "stale"
     (data / "kept").write_text("x")

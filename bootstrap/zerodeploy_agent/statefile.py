@@ -159,6 +159,19 @@ class States:
         """Whether there is a file or a record of it."""
         return os.path.lexists(self.path(key)) or os.path.lexists(self._record_path(key))
 
+    def discard(self, key: str) -> bool:
+        """`remove`, and `forget` if nobody else has the lock."""
+        if not self.knows(key):
+            return False
+        removed = self.remove(key)
+        try:
+            fd = self.lock(key, 0)
+        except StateError:
+            return removed
+        self.forget(key)
+        os.close(fd)
+        return removed
+
     def forget(self, key: str) -> None:
         """Remove what is beside the file for launchers alone, the lock too, which the caller has."""
         for path in (self._record_path(key), self._lock_path(key)):

@@ -126,7 +126,8 @@ def up(settings: Context, /, words: tuple[str, ...], connection_dir: str | None,
             }
             config = of_mapping(data if here else {"hostname": _bare(host), **data, "ssh_hostname": host})
         if dry_run:
-            click.echo(launch.dry_run(config.data))
+            command = launch.dry_run(config.data)
+            _tell(settings, {"key": config.key, "command": command}, command)
             return
         with _observer(settings) as observer:
             try:
@@ -273,7 +274,7 @@ def rm(settings: Context, /, words: tuple[str, ...], client: bool, server: bool,
             states = States(CLIENT)
             for key in keys:
                 path = states.path(key)
-                if tunnels.close(key, states) or states.remove(key):
+                if tunnels.close(key, states) or states.discard(key):
                     removed[key].append(path)
         if server or not client:
             with _executor(settings, host, options) as executor:
@@ -316,15 +317,19 @@ def _one(found: tuple[str | None, list[str]]) -> tuple[str | None, list[str]]:
 @_host_options
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@options_of
 @click.pass_obj
 def logs(settings: Context, /, words: tuple[str, ...], tail: int | None, follow: bool, **options: Any) -> None:
-    """Print what a service has written."""
+    """Print what a service has written. With --json: an object for each piece, with ``text``."""
     with errors_told(settings):
         host, [key] = _one(_host_and(words, options, "KEY"))
         with _executor(settings, host, options) as executor:
             piece = executor.ask("log_piece", key=key, tail=tail)
             while piece["data"] or follow:
-                write_all(1, piece["data"])
+                if settings.json and piece["data"]:
+                    say_json({"key": key, "text": piece["data"].decode("utf-8", "replace")})
+                elif not settings.json:
+                    write_all(1, piece["data"])
                 if not piece["data"]:
                     time.sleep(_FOLLOW_S)
                 piece = executor.ask("log_piece", key=key, inode=piece["inode"], offset=piece["next"])

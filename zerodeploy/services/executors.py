@@ -146,7 +146,7 @@ class HelperExecutor(Executor):
         out, err = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
         if done.returncode == 127:
             raise ServiceError(f"there is no {words[0]} on the host: {err.strip()}", host=self.host)
-        if done.returncode not in ok or "rhl-guard: rejected" in err:
+        if done.returncode not in ok or "rhl-guard: " in err:
             said = err.strip().removeprefix(f"{words[0]}: ") or f"exit status {done.returncode}"
             raise ServiceError(f"{words[0]} failed: {said}", host=self.host)
         return done.returncode, out, err

@@ -106,8 +106,8 @@ def _rebuilt(name: str, given: helpers.Given, paths: list[str]) -> list[str]:
             if getattr(given, option) is not None:
                 words.append(f"--{option}={json.dumps(getattr(given, option))}")
         return [*words, *(["--settings-stdin"] if given.settings_stdin else []), "--", *given.command]
-    marker = [] if given.marker is None else [f"--marker={given.marker}"]
-    return [*marker, *(["--json"] if given.json else []), "--", *paths]
+    options = [f"--{name}={value}" for name in ("marker", "level", "file") if (value := getattr(given, name)) is not None]
+    return [*options, *(["--json"] if given.json else []), "--", *paths]
 
 
 def _split(command: str) -> list[str]:
@@ -244,7 +244,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     home = pwd.getpwuid(os.geteuid()).pw_dir if "HOME" not in os.environ else os.environ["HOME"]
     command = os.environ.get("SSH_ORIGINAL_COMMAND")
     try:
-        policy = policy_of(sys.argv[1:] if argv is None else argv, home)
+        try:
+            policy = policy_of(sys.argv[1:] if argv is None else argv, home)
+        except GuardRefused as refusal:
+            print(f"rhl-guard: configuration error: {refusal}", file=sys.stderr)
+            return 1
         if not command:
             print(
                 _DIRECT

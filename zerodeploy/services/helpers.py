@@ -276,7 +276,7 @@ def _rm(given: Given) -> int:
     both = given.client == given.server
     for key in given.keys:
         removed = []
-        if (given.client or both) and States(CLIENT).remove(key):
+        if (given.client or both) and States(CLIENT).discard(key):
             removed.append(States(CLIENT).path(key))
         if given.server or both:
             done = services.remove(key)

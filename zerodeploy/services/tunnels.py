@@ -179,7 +179,7 @@ def close(key: str, states: States | None = None) -> bool:
         state = _read(each, key) or {}
         _end(state.get("tunnel"))
         if (_read(each, key) or {}).get("tunnel") == state.get("tunnel"):
-            each.remove(key)
+            each.discard(key)
     return bool(having)
 
 
