@@ -35,6 +35,7 @@ def main() -> None:
     made.add_argument("--spoil", help="what becomes of the state file then: gone, directory, fifo, or its text")
     made.add_argument("--fail-until", type=int, default=0, help="end with status 3 before it reports, so many starts")
     made.add_argument("--lines", type=int, help="then write that many numbered lines")
+    made.add_argument("--tick", action="store_true", help="then a numbered line each 10 ms")
     made.add_argument("--show", help="print this variable of the environment")
     made.add_argument("workdir", nargs="*")
     given = made.parse_args()
@@ -126,6 +127,16 @@ def main() -> None:
         for number in range(given.lines):
             print(f"line {number:08d}")
         sys.stdout.flush()
+    if given.tick:
+        import itertools
+        import threading
+
+        def tick() -> None:
+            for number in itertools.count():
+                print(f"tick {number:08d}", flush=True)
+                time.sleep(0.01)
+
+        threading.Thread(target=tick, daemon=True).start()
     server.serve_forever()
 
 

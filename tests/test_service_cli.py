@@ -169,7 +169,7 @@ def test_mistakes(place, service):
     ):
         done = service(*words)
         assert done.returncode == 2 and "Traceback" not in done.stderr, words
-    for words in (["stop", "k/../x"], ["inspect", ""], ["stop", "--host", "local", "k", "l/"]):
+    for words in (["tunnel", "close", "a/b"], ["stop", "k/../x"], ["inspect", ""], ["stop", "--host", "local", "k", "l/"]):
         assert service(*words).returncode == 1, words
     assert service("stop", "-oProxyCommand=touch /tmp/zd-pwned", "k").returncode == 2 and not os.path.exists("/tmp/zd-pwned")
     assert not States(SERVER).names()

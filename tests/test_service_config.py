@@ -109,6 +109,16 @@ def test_no_file(tmp_path):
         load(tmp_path / "none.yaml")
 
 
+def test_handshakes_that_are_no_urls_yet():
+    base = {"workdir": "/x", "key": "k", "command": "c"}
+    for written, wanted in (
+        ("é x?a=%20&b=ü", "/%C3%A9%20x?a=%20&b=%C3%BC"),
+        ({"path": "a", "port_name": "x_port"}, "x_port:/a"),
+        ({"path": "a", "port_name": "port"}, "/a"),
+    ):
+        assert of_mapping({**base, "handshake": written}).handshake == wanted
+
+
 def test_handshakes_and_hosts():
     base = {"workdir": "/x", "key": "k", "command": "c"}
     assert of_mapping({**base, "handshake": {"path": "/a", "parameters": {"b": True, "c": "d e"}}}).handshake == "/a?b=true&c=d+e"

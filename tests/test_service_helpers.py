@@ -371,6 +371,16 @@ def test_how_deep_persistent_directories_are_looked_at(tmp_path, monkeypatch):
     assert [row["state"] for row in absent] == ["absent"]
 
 
+def test_odd_characters_blind_nobody(base):
+    States(SERVER).write("good", {"status": "failed"})
+    for name, text in (("a", '"\\ud800"'), ("b", '"run\\u001b[2Jning\\n"'), ("c", "NaN")):
+        (base / "server" / f"{name}.json").write_text('{"status": %s, "port": Infinity, "pid": 5}' % text)
+    done = rhl("ps")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 5 and "\x1b" not in done.stdout, done
+    for line in rhl("ps", "--json").stdout.splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
 def test_what_each_row_has(base):
     """Scripts may count on these, whatever a file lacks."""
     States(SERVER).write("bare", {"status": "failed"})

@@ -258,6 +258,23 @@ def test_mistakes_contact_nobody(place):
         run({**place.config(), "workdir": 3})
     with pytest.raises(TemplateError, match="character"):
         run({**place.config(hostname="nosuch.invalid"), "command": "x {nothing}"})
+    for bad in (
+        {"env": {"A": "x\0y"}},
+        {"env": {"A": "\ud800"}},
+        {"workdir": "/x\0"},
+        {"meta": {"a": ["\ud800"]}},
+        {"hostname": "a\0b"},
+        {"x": {"\0": 1}},
+    ):
+        with pytest.raises(ConfigError, match="NUL"):
+            run({**place.config(), **bad})
+    with pytest.raises(ServiceError, match="a/b|can't name"):
+        run({**place.config(), "key": "\ud800"})
+    with pytest.raises(ConfigError, match="NUL"):
+        run(place.config(), "/tmp/a\0b")
+    (place.base / "client" / "d.json").mkdir(parents=True)
+    with pytest.raises(ServiceError, match="is a directory"):
+        run(place.config(key="d"))
     with pytest.raises(ServiceError, match="there is no program 'nosuch'"):
         run({**place.config(), "command": "nosuch"})
     assert not (place.base / "server").exists() or not States(SERVER).names()
@@ -314,6 +331,34 @@ def test_drift_is_told(where, place, capfd):
     (place.base / "client" / "k.json").unlink()
     assert run(changed)["drift"] == ["command"] == run(changed)["drift"], "from the host's state, and again from this side's"
     assert "drift" not in run(place.config(**where[0]))
+
+
+@pytest.mark.parametrize("kind", ["local", "agent", "helpers"])
+def test_drift_is_told_from_the_host_alone(place, kind):
+    """With a connection directory that knows nothing of the launch."""
+    with an_sshd(place, helpers=kind == "helpers") as server:
+        there = {} if kind == "local" else {"hostname": "127.0.0.1", "ssh_hostname": server.alias}
+        config = place.config(env={"A": "1"}, limits={"open_files": 100}, log={"max_bytes": 2000}, restart="always", **there)
+        run(config)
+        assert "drift" not in run(config, place.root / "same")
+        changed = {"env": {"A": "2"}, "limits": {"open_files": 90}, "log": {"max_bytes": 3000}, "restart": "on-failure"}
+        for number, (name, value) in enumerate(changed.items()):
+            assert run({**config, name: value}, place.root / f"conn{number}")["drift"] == [name]
+        without = {name: value for name, value in config.items() if name not in changed}
+        assert sorted(run(without, place.root / "without")["drift"]) == sorted(changed)
+
+
+def test_a_noisy_login_shell_where_the_helpers_are(place):
+    with an_sshd(place, helpers=True) as server:
+        (server.home / ".bashrc").write_text("echo Welcome noisy\necho to stderr as well >&2\n")
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias)
+        first = run(config)
+        (place.base / "client" / "k.json").unlink()
+        assert alive(get(first)) and run(config) == first
+        words = [sys.executable, "-m", "zerodeploy", "service"]
+        for command, said in ((["logs", server.alias, "k"], "args "), (["stop", server.alias, "k"], "k: stopped\n")):
+            done = subprocess.run([*words, *command], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0 and done.stdout.startswith(said) and "Welcome" not in done.stdout, done
 
 
 def test_restart_with_back_off(where, place):

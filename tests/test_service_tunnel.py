@@ -229,6 +229,37 @@ def test_a_keeper_that_was_killed_is_told_and_replaced(place):
         assert made["tunneled-port"] == again["tunneled-port"] and keeper_of() != keeper
 
 
+def test_a_launch_that_fails_leaves_the_tunnel_that_is_coming_back(place):
+    with an_sshd(place) as server:
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=True)
+        made = run(config)
+        keeper = keeper_of()
+        wrapper = place.bin / "ssh"
+        good = wrapper.read_text()
+        wrapper.write_text("#!/bin/sh\necho nothing listens there >&2; exit 255\n")
+        os.kill(sshs_of(keeper)[0], signal.SIGKILL)
+        wait_until(lambda: get(made["port"]) is None, 10, "it is down")
+        with pytest.raises(ServiceError):
+            run(config)
+        wrapper.write_text(good)
+        wait_until(lambda: get(made["port"]) is not None, 30, "the same port leads there again")
+        assert alive(keeper) and keeper_of() == keeper and run(config) == made
+
+
+def test_a_tunnel_that_nobody_keeps_is_replaced(place):
+    """Though its ssh may go on for a moment."""
+    with an_sshd(place) as server:
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=True)
+        run(config)
+        keeper = keeper_of()
+        for ssh in sshs_of(keeper):
+            os.kill(ssh, signal.SIGSTOP)
+        os.kill(keeper, signal.SIGKILL)
+        wait_until(lambda: not alive(keeper), 5, "it ends")
+        made = run(config)
+        assert keeper_of() != keeper and get(made["port"]) is not None
+
+
 def test_twenty_at_once_get_one_tunnel(place):
     with an_sshd(place) as server:
         config = json.dumps(place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=True))

@@ -97,18 +97,18 @@ def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optio
     if state.get("status") == FAILED and not service.will_restart:
         said = str(state.get("reason") or state.get("error") or "it says that it has failed")
         return FAILED, state, said + ("; its process %d lives on, and has to be stopped first" % service.pid if service.pid else "")
-    if not service.in_care:
-        if Instance(states, key).known != state:  # it may have been started again in between
-            return "", state, "its state is changing"
+    if not service.pid:
         heir = service.heir()
+        if heir and state.get("status") == STARTING:
+            return "", state, "its first process has ended, another of it (pid %d) goes on" % heir
+        if not heir and service.in_care:
+            return "", state, "it has just ended"
+        if not heir and Instance(states, key).known != state:  # it may have been started again in between
+            return "", state, "its state is changing"
         if not heir and state.get("status") == STARTING:
             return FAILED, _failed(states, key, state), "it has ended before it was running"
         if not heir:
             return STALE, state, "it has ended"
-        if state.get("status") == STARTING:
-            return "", state, "its first process has ended, another of it (pid %d) goes on" % heir
-    elif not service.pid:
-        return "", state, "it has just ended"
     if state.get("status") == STARTING and "restart_at" in state and int(state.get("restarts") or 0) >= _CRASHES:
         return FAILED, state, ("it has ended %s times before it was running, at last with %s; it is tried again until somebody stops it, or "
                                "its restarts are used up" % (state["restarts"], state.get("ended")))  # fmt: skip

@@ -21,7 +21,7 @@ ABSENT = "absent"
 #: what names a launch, in both files
 LAUNCH = "launch_id"
 #: what a service may have dropped, and is put back; not what it says of itself: its status and its ports
-_KEPT = ("workdir", "log", "command", "uid", "pid", "pid_start", "boot_id", "network_interface", "launched_at", "supervisor", "parameters", "meta",
+_KEPT = ("workdir", "log", "command", "uid", "pid", "pid_start", "boot_id", "network_interface", "launched_at", "supervisor", "parameters", "meta", "settings",
          LAUNCH)  # fmt: skip
 _SLACK_S = 0.5  # between a file's time and the clock that a process's start is reckoned by
 
@@ -132,7 +132,7 @@ class Instance:
     def _was_before_the_file(self, pid: int) -> bool:
         """Whether it can be the one that a state without ``pid_start`` speaks of: not if its number was given away since."""
         fields = stat_of(pid) if belongs_to_us(pid) else []
-        if not is_alive(fields):
+        if not is_alive(fields) or b"2" in (fields[1], b"%d" % pid):  # the kernel's own
             return False
         try:
             written = os.stat(self.states.path(self.key)).st_mtime

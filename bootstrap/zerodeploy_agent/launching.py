@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _LOCK_S = 60.0
 _FAILED_S = 2.0  # for the end of a service that has said that it failed
 _LEFT_S = 10.0  # between SIGTERM and SIGKILL for what a service that has ended left running
+#: of a `Launch`, what other launchers don't know
+SETTINGS = ("env", "limits", "restart", "log")
 #: in front of the text of a command that needs a shell
 BASH = ("/bin/bash", "-c")
 _children: "List[int]" = []
@@ -80,6 +83,12 @@ class Launch:
         self.launch_id = os.urandom(16).hex()
 
     @property
+    def settings(self) -> "Dict[str, Any]":
+        """What a later launcher compares its own with: digests, since the environment may be secret."""
+        given = {name: getattr(self, name) for name in SETTINGS}
+        return {"conda": self.conda, **{name: digest_of(value) for name, value in given.items() if value}}
+
+    @property
     def watched(self) -> bool:
         """Whether a process has to look after it."""
         return bool(
@@ -111,6 +120,14 @@ class Launch:
             raise ServiceFault(str(error)) from None
 
 
+def digest_of(value: object) -> str:
+    """Of plain data: tells whether it is the same without keeping it, which may be a secret."""
+    import hashlib
+
+    text = json.dumps(value, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def wrong_settings(settings: "Mapping[str, Any]") -> str:
     """What is wrong with ``restart``, ``log`` or ``limits`` of a `Launch` that came from elsewhere; empty when nothing is."""
     for name in ("restart", "log", "limits"):
@@ -138,7 +155,8 @@ def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "
     What a service that has ended left running is ended before there is a new one. A service that lives is left alone whatever its
     file says; a file that is lost is written anew.
 
-    Returns: the state, and ``launched``: whether it was started now.
+    Returns: the state, and ``launched``: whether it was started now; ``adopted`` if the process that has watched it was gone and
+    there is another one now.
 
     Raises:
         StateError: no key, a lock that somebody holds for a minute, or a state file of no use where no launch has been recorded.
@@ -152,25 +170,30 @@ def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "
         found = _settled(wanted.states, key)
         if found.wrong and not found.record:
             raise StateError(found.wrong)
+        given = {"key": key, "workdir": workdir, "argv": list(argv), **options}
         if found.alive:
-            return dict(found.restore(), launched=False)
+            state = found.restore()
+            if wanted.watched and isinstance(state.get("supervisor"), dict) and not found.supervisor:
+                return dict(_watched(dict(given, adopt=True)), launched=False, adopted=True)
+            return dict(state, launched=False)
         wanted.ready()
         left = found.roots()
         if left:
             end(left, _LEFT_S, found.launches)
-        if not wanted.watched:
-            return dict(start(wanted), launched=True)
-        try:
-            said = fresh.start(
-                "servicewatch", WATCH_NEEDS, {"key": key, "workdir": workdir, "argv": list(argv), **options}, fresh.environment()
-            )
-        except fresh.FreshError as error:
-            raise ServiceFault("the process that watches %r could not be started: %s" % (key, error)) from None
-        if "fault" in said:
-            raise ServiceFault(said["fault"])
-        return dict(said, launched=True)
+        return dict(_watched(given) if wanted.watched else start(wanted), launched=True)
     finally:
         os.close(lock)
+
+
+def _watched(given: "Dict[str, Any]") -> "Dict[str, Any]":
+    """Start the process that watches the service, and that has it as its child unless it is to adopt it; the service's state."""
+    try:
+        said = fresh.start("servicewatch", WATCH_NEEDS, given, fresh.environment())
+    except fresh.FreshError as error:
+        raise ServiceFault("the process that watches %r could not be started: %s" % (given["key"], error)) from None
+    if "fault" in said:
+        raise ServiceFault(said["fault"])
+    return said
 
 
 def _settled(states: States, key: str) -> Instance:
@@ -188,7 +211,8 @@ def start(wanted: Launch, enforced: "Optional[Enforced]" = None, **more: "Any") 
     states, log = wanted.states, wanted.states.log_path(wanted.key)
     state: "Dict[str, Any]" = {
         "workdir": wanted.place, "log": log, "command": wanted.shown, "uid": os.geteuid(), "status": STARTING,
-        "network_interface": wanted.network_interface, "launched_at": time.time(), LAUNCH: wanted.launch_id, **more,
+        "network_interface": wanted.network_interface, "launched_at": time.time(), LAUNCH: wanted.launch_id,
+        "settings": wanted.settings, **more,
     }  # fmt: skip
     if wanted.parameters is not None:
         state["parameters"] = dict(wanted.parameters)

@@ -110,7 +110,8 @@ _EMPTY: "Dict[str, Any]" = {"port": None, "pid": None, "workdir": None, "log": N
 
 
 def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[str, Any]]":
-    """The services of this host: their states, with ``key``, ``live``, ``json_status`` (what the file says) and ``status``."""
+    """The services of this host: their states, with ``key``, ``live``, ``json_status`` (what the file says) and ``status``; ``watched``
+    tells whether the process that watches it runs, where there is to be one."""
     states = States(SERVER, base)
     census = Census()
     for key, state, wrong in states.all():
@@ -129,7 +130,9 @@ def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[st
         shown = status if isinstance(status, str) or not probed else MALFORMED
         if live is False and found is not None:
             shown = found.status(False)
-        yield dict(_EMPTY, **dict(state, key=key, status=shown, json_status=status, live=live))
+        watcher = state.get("supervisor")
+        more = {"watched": lives(watcher)} if probed and isinstance(watcher, dict) else {}
+        yield dict(_EMPTY, **dict(state, key=key, status=shown, json_status=status, live=live, **more))
 
 
 def url_of(host: str, port: int, path: str) -> str:

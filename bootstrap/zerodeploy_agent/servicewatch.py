@@ -1,12 +1,16 @@
 """The process that looks after one service: starts it again when it has ended, begins a new log when one is full.
 
-Where logs are put away it holds the service's output, so that nothing that is written is lost meanwhile; else the service has the log
-itself, and does not need this process to write. What a service that has ended left running is ended before it is started again. A
-launch that asks for none of this has no such process. While a restart is due the state file has this process's pid: the service is starting, and nobody launches a second one.
+Where logs are put away it takes the service's output from a pipe, so that nothing that is written is lost meanwhile; else the service
+has the log itself. A service outlives this process: its end of the pipe can be read as well, so that it is not ended by what it writes
+when nobody reads, and the next launch has another process watch it. What a service that has ended left running is ended before it is
+started again, but for a daemon that it has become. A launch that asks for none of this has no such process.
+
+While a restart is due the state file has this process's pid: the service is starting, and nobody launches a second one.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -18,12 +22,13 @@ from . import launching, servicelogs
 from .cgroups import CgroupError, Cgroups
 from .instances import Instance
 from .limits import CONTROLLERS, Enforced, LimitError
+from .procfs import pidfd_open, runs, start_of
 from .services import ServiceFault, end
 from .statefile import FAILED, STARTING, StateError, identity, port_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, Optional
+    from typing import Any, Dict, Optional, Tuple
 
 _CHUNK = 1 << 16
 _LOCK_S = 60.0
@@ -31,13 +36,16 @@ _STOPPED_S = 0.2  # who stops us has the lock, and notes it
 _LINGER_S = 1.0  # for output of what the service has left running
 _LEFT_S = 5.0  # between SIGTERM and SIGKILL for that
 MOST, DELAY_S, MOST_DELAY_S = 10, 1.0, 60.0
+WELL_S = 60.0  # a run of that length, or of the longest delay, begins the count of restarts anew
+_SET_PIPE_SIZE, _PIPE_BYTES = 1031, 1 << 20  # F_SETPIPE_SZ of fcntl(2)
 
 
 def main(options: "Dict[str, Any]") -> None:
-    """Start the service of `launching.Launch`'s arguments, print its state, and stay until it is over."""
+    """Start the service of `launching.Launch`'s arguments, or *adopt* the one that runs, print its state, and stay until it is over."""
+    adopt = options.pop("adopt", False)
     watch = Watch(launching.Launch(options.pop("key"), options.pop("workdir"), options.pop("argv"), **options))
     try:
-        said = watch.begin()
+        said = watch.adopt() if adopt else watch.begin()
     except (StateError, ServiceFault, LimitError, OSError) as error:
         said = {"fault": str(error)}
     sys.stdout.write(json.dumps(said) + "\n")
@@ -63,6 +71,9 @@ class Watch:
         self._size = 0
         self._output = -1
         self._cgroups: "Optional[Cgroups]" = None
+        self._cgroup = ""
+        self._began = time.monotonic()
+        self._pid, self._is_child = 0, True
         self._wake, wake = os.pipe()
         os.set_blocking(wake, False)
         os.set_blocking(self._wake, False)
@@ -84,6 +95,28 @@ class Watch:
         self._start()
         return self.state
 
+    def adopt(self) -> "Dict[str, Any]":
+        """Watch the service that runs already; whoever launches holds the key's lock."""
+        states, key = self.wanted.states, self.wanted.key
+        self.wanted.ready()
+        found = Instance(states, key)
+        self._pid, self._is_child = found.pid or found.heir(), False
+        if not self._pid:
+            raise ServiceFault("it has ended")
+        self._open_log(0)
+        self.wanted.fresh_log = False
+        self._restarts = int(found.known.get("restarts") or 0)
+        if self.wanted.log:
+            try:
+                if os.readlink("/proc/%d/fd/1" % self._pid).startswith("pipe:"):
+                    self._output = os.open("/proc/%d/fd/1" % self._pid, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:
+                pass  # it writes elsewhere: nothing to put away until it is started again
+        self.state = dict(found.known, supervisor=self._me)
+        states.keep_record(key, self.state)
+        states.write(key, self.state)
+        return self.state
+
     def _start(self) -> None:
         if any(name in CONTROLLERS for name in self.wanted.limits):
             self._cgroups = self._cgroups or Cgroups()
@@ -93,8 +126,7 @@ class Watch:
             raise ServiceFault(str(error)) from None
         read = -1
         if self.wanted.log:
-            read, self.wanted.output = os.pipe()  # the latter is closed there
-            os.set_blocking(read, False)
+            read, self.wanted.output = _pipe()  # the latter is closed there
         try:
             self.state = launching.start(self.wanted, enforced, restarts=self._restarts, supervisor=self._me)
         except BaseException:
@@ -104,7 +136,9 @@ class Watch:
         if self._output >= 0:
             self._drain(self._output)
             os.close(self._output)
-        self._output, self._enforced = read, enforced
+        self._output, self._cgroup = read, enforced.cgroup
+        self._began = time.monotonic()
+        self._pid, self._is_child = self.state["pid"], True
 
     # its life
 
@@ -112,8 +146,10 @@ class Watch:
         """Until the service is over: stopped, ended and not to be started again, or given up."""
         while True:
             status = self._await_end()
-            if self._enforced.cgroup and self._cgroups is not None:
-                self._cgroups.remove(self._enforced.cgroup)
+            if not status and self._has_heir():
+                continue
+            if self._cgroup and self._cgroups is not None:
+                self._cgroups.remove(self._cgroup)
             if self._stopping or not self._due(status):
                 self._over(status)
                 break
@@ -123,20 +159,39 @@ class Watch:
         if self._cgroups is not None:
             self._cgroups.close()
 
-    def _await_end(self) -> int:
+    def _has_heir(self) -> bool:
+        """Whether the service has made a daemon of itself, which is looked after from now on."""
+        if self._stopping or not os.path.isdir(self.wanted.states.folder):
+            return False
+        found = Instance(self.wanted.states, self.wanted.key)
+        self._pid, self._is_child = found.heir() if self._is_ours(found) else 0, False
+        return bool(self._pid)
+
+    def _await_end(self) -> "Optional[int]":
+        """Its wait status, None where it is not our child."""
+        pid, start = self._pid, start_of(self._pid)
+        held = -1 if self._is_child else pidfd_open(pid)
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        if self._output >= 0:
-            poll.register(self._output, select.POLLIN)
-        while True:
-            for fd, _ in poll.poll(1000):
-                if fd == self._wake:
-                    self._woken()
-                elif not self._drain(fd):
-                    poll.unregister(fd)
-            pid, status = os.waitpid(self.state["pid"], os.WNOHANG)
-            if pid:
-                return status
+        for fd in (self._output, held):
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
+        try:
+            while True:
+                for fd, _ in poll.poll(1000 if self._is_child or held >= 0 else 200):
+                    if fd == self._wake:
+                        self._woken()
+                    elif fd == self._output and not self._drain(fd):
+                        poll.unregister(fd)
+                if self._is_child:
+                    ended, status = os.waitpid(pid, os.WNOHANG)
+                    if ended:
+                        return status
+                elif not runs(pid) or start_of(pid) != start:
+                    return None
+        finally:
+            if held >= 0:
+                os.close(held)
 
     def _woken(self) -> None:
         """Take what signals have left in the pipe."""
@@ -145,17 +200,16 @@ class Watch:
         except BlockingIOError:
             pass
 
-    def _due(self, status: int) -> bool:
+    def _due(self, status: "Optional[int]") -> bool:
         restart = self.wanted.restart
         policy = restart.get("policy", "never")
         if policy == "never" or (policy == "on-failure" and status == 0):
             return False
-        ran_s = time.time() - self.state["launched_at"]
-        if ran_s > restart.get("most_delay", MOST_DELAY_S):
-            self._restarts = 0  # it was well for long enough
+        if time.monotonic() - self._began > max(WELL_S, restart.get("most_delay", MOST_DELAY_S)):
+            self._restarts = 0
         return bool(self._restarts < restart.get("most", MOST))
 
-    def _again(self, status: int) -> bool:
+    def _again(self, status: "Optional[int]") -> bool:
         """Wait, then start it once more. False: somebody has stopped it meanwhile, or it can't be started."""
         restart = self.wanted.restart
         delay = min(restart.get("delay", DELAY_S) * 2 ** min(self._restarts, 60), restart.get("most_delay", MOST_DELAY_S))
@@ -189,7 +243,7 @@ class Watch:
         finally:
             os.close(lock)
 
-    def _over(self, status: int) -> None:
+    def _over(self, status: "Optional[int]") -> None:
         gone: "Dict[str, Any]" = {}
         if not self._stopping and self.wanted.restart.get("policy", "never") != "never" and status != 0:
             gone = {
@@ -198,7 +252,7 @@ class Watch:
             }
         self._note(status, gone, limit=_STOPPED_S if self._stopping else _LOCK_S)
 
-    def _note(self, status: int, changes: "Dict[str, Any]", *, locked: bool = False, limit: float = _LOCK_S) -> None:
+    def _note(self, status: "Optional[int]", changes: "Dict[str, Any]", *, locked: bool = False, limit: float = _LOCK_S) -> None:
         """Write into the state file how the service has ended, if the file still is about it."""
         states, key, lock = self.wanted.states, self.wanted.key, -1
         if not os.path.isdir(states.folder):
@@ -216,7 +270,8 @@ class Watch:
             states.keep_record(key, state)
             states.write(key, state)
         except (StateError, OSError) as error:
-            self._say(str(error))
+            if not self._stopping:
+                self._say(str(error))
         finally:
             if lock >= 0:
                 os.close(lock)
@@ -294,7 +349,25 @@ class Watch:
             self._size = 0  # go on with the file that there is, try again later
 
 
-def _ending(status: int) -> str:
+def _pipe() -> "Tuple[int, int]":
+    """Its end to read from, which does not block, and one for the service: to write to, and to be its own last reader."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    try:
+        fcntl.fcntl(read, _SET_PIPE_SIZE, _PIPE_BYTES)
+    except OSError:
+        pass  # it is smaller then
+    try:
+        both = os.open("/proc/self/fd/%d" % write, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return read, write
+    os.close(write)
+    return read, both
+
+
+def _ending(status: "Optional[int]") -> str:
+    if status is None:
+        return "an unknown status"
     if os.WIFSIGNALED(status):
         return "signal %d" % os.WTERMSIG(status)
     return "exit status %d" % os.WEXITSTATUS(status)

@@ -37,7 +37,7 @@ def base_dir(environment: "Optional[Mapping[str, str]]" = None) -> str:
 
 def check_key(key: str) -> str:
     """*key*, if it can be the name of a file. Raises `StateError`."""
-    size = len(key.encode("utf-8", "surrogateescape"))
+    size = len(key.encode("utf-8", "surrogatepass"))
     if not key or key.startswith((".", "-")) or "/" in key or size > _MOST_KEY or not key.isprintable():
         raise StateError(
             "the key %.80r can't name a file: 1 to %d printable bytes without /, not beginning with . or -" % (key, _MOST_KEY)
@@ -64,7 +64,7 @@ def read_object(path: str, hint: str = "") -> "Optional[Dict[str, Any]]":
     finally:
         os.close(fd)
     try:
-        state = json.loads(data.decode("utf-8"))
+        state = json.loads(data.decode("utf-8"), parse_constant=lambda _: None)  # NaN and Infinity are no JSON
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict) or len(data) > _MOST_BYTES:

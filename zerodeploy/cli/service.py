@@ -229,7 +229,7 @@ def _services(settings: Context, hosts: tuple[str, ...], probed: bool, options: 
 
 
 def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    from zerodeploy.services.helpers import aligned
+    from zerodeploy.services.tables import aligned
 
     shown = [[name.upper().replace("_", "-") for name in columns]]
     shown += [["-" if row.get(name) is None else str(row[name]) for name in columns] for row in rows]

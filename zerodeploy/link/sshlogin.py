@@ -164,13 +164,13 @@ class SshLogin:
     def run(
         self, words: Sequence[str], *, before: str = "", input: bytes = b"", timeout_s: float = 120.0
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command there, *before* (shell assignments) in front. Raises `LinkLost` where ssh failed, which is no exit status."""
+        """Run a command there, *before* (shell assignments) in front; its standard output is what it wrote, without what login scripts
+        write. Raises `LinkLost` where ssh failed, which is no exit status."""
         until = time.monotonic() + _ROOM_S
+        script = quote(words) if self.guarded else f"echo {self._mark};{before}{quote(words)}"
         while True:
             try:
-                done = subprocess.run(
-                    [*self._ssh(), before + quote(words)], input=input, capture_output=True, timeout=timeout_s, check=False
-                )
+                done = subprocess.run([*self._ssh(), script], input=input, capture_output=True, timeout=timeout_s, check=False)
             except subprocess.TimeoutExpired:
                 raise LinkLost(f"no answer to {words[0]} within {timeout_s:g} s", host=self.host) from None
             said = done.stderr.decode("utf-8", "replace")
@@ -182,6 +182,8 @@ class SshLogin:
             raise LinkLost(
                 f"ssh failed while {words[0]} ran (exit status {done.returncode}){': ' + said if said else ''}", host=self.host
             )
+        noise, found, output = done.stdout.partition(f"{self._mark}\n".encode("ascii"))
+        done.stdout = output if found else noise
         return done
 
     def link(self) -> Link:

@@ -6,7 +6,6 @@ Every error names the file, the line and the field.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -14,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import yaml
 from zerodeploy_agent import statefile
+from zerodeploy_agent.launching import digest_of
 
 from zerodeploy.errors import ConfigError, TemplateError
 from zerodeploy.services.observer import LEVELS
@@ -87,7 +87,7 @@ class Config:
             where = f"{given['port_name']}:" if given.get("port_name", "port") != "port" else ""
             query = urlencode({str(name): _shown(value) for name, value in (given.get("parameters") or {}).items()})
             given = f"{given['path']}{'&' if '?' in given['path'] else '?'}{query}" if query else given["path"]
-        return where + "/" + str(given).lstrip("/")
+        return where + "/" + quote(str(given).lstrip("/"), safe="/?&=%:@!$'()*+,;~#-._[]|")
 
     @property
     def start_timeout(self) -> float:
@@ -114,6 +114,7 @@ class Config:
     def check(self) -> None:
         """Raises `ConfigError` for what the schema does not allow, or what can't be written into a state file."""
         _check(self.data, self.source, self._lines)
+        _check_text(self.data, self.source, self._lines)
         for name in ("file_parameters", "meta"):
             try:
                 json.dumps(self.data.get(name), allow_nan=False)
@@ -139,18 +140,31 @@ class Config:
         return _placed(error, self.source, self._lines, (name,))
 
 
+def _check_text(data: Any, source: str, lines: Mapping[tuple[str | int, ...], int], path: tuple[str | int, ...] = ()) -> None:
+    """Raises `ConfigError` for characters that neither a command nor a file can have."""
+    if isinstance(data, str):
+        try:
+            if "\0" not in data:
+                data.encode("utf-8")
+                return
+        except UnicodeEncodeError:
+            pass
+        raise _error(source, lines, path, f"it holds a NUL, or half of a surrogate pair, which is no character: {_brief(data)}")
+    if len(path) < 20 and isinstance(data, Mapping):
+        for name, value in data.items():
+            _check_text(name, source, lines, path)
+            _check_text(value, source, lines, (*path, name))
+    elif len(path) < 20 and isinstance(data, list | tuple):
+        for number, value in enumerate(data):
+            _check_text(value, source, lines, (*path, number))
+
+
 def _numbers(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
     """The numbers that mean something to the launcher; the schema has seen them. JSON Schema knows nothing of infinity."""
     for name in ("start_timeout", "restart", "limits", "log"):
         given = data.get(name)
         fields = given.items() if isinstance(given, Mapping) else [("", given)]
         yield from (((name, each) if each else (name,), value) for each, value in fields if isinstance(value, float))
-
-
-def digest_of(value: object) -> str:
-    """Of plain data: tells whether it is the same without keeping it, which may be a secret."""
-    text = json.dumps(value, sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _shown(value: object) -> str:

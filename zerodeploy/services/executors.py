@@ -147,7 +147,8 @@ class HelperExecutor(Executor):
         if done.returncode == 127:
             raise ServiceError(f"there is no {words[0]} on the host: {err.strip()}", host=self.host)
         if done.returncode not in ok or "rhl-guard: " in err:
-            said = err.strip().removeprefix(f"{words[0]}: ") or f"exit status {done.returncode}"
+            own = [line for line in err.splitlines() if line.startswith((f"{words[0]}: ", "rhl-guard: "))]
+            said = ("\n".join(own) or err.strip()).removeprefix(f"{words[0]}: ") or f"exit status {done.returncode}"
             raise ServiceError(f"{words[0]} failed: {said}", host=self.host)
         return done.returncode, out, err
 
@@ -176,7 +177,7 @@ class HelperExecutor(Executor):
         row = self._row(key)
         if wrong and not row.get("live"):
             raise ServiceError(wrong, host=self.host)
-        found.update(state={**row, **(state or {})}, status=row.get("status") or "malformed")
+        found.update(state={**row, **(state or {})}, status=row.get("status") or "malformed", watched=row.get("watched"))
         if found["status"] == "running":
             found["said"] = self._probe(found["state"], handshake)
         return found
@@ -209,8 +210,9 @@ class HelperExecutor(Executor):
             said = err.strip().removeprefix("rhl-launch-service: ")
             raise ServiceError(f"rhl-launch-service failed: {said}", host=self.host)
         state = _object(out) or self._state(options["key"])[0] or {}
-        told = [line for line in err.splitlines() if not line.endswith("is running already")]
-        return {"launched": len(told) == len(err.splitlines()), "warning": "\n".join(told).strip(), **state}
+        own = [line.partition(": ")[2] for line in err.splitlines() if line.startswith("rhl-launch-service: ")]
+        told = [line for line in own if not line.endswith("is running already")]
+        return {"launched": len(told) == len(own), "warning": "\n".join(told).strip(), **state}
 
     def _await_ready(self, key: str, known: dict[str, Any], handshake: str | None = None, patience: float = 2.0) -> dict[str, Any]:
         until = time.monotonic() + patience

@@ -15,13 +15,15 @@ from zerodeploy_agent.instances import settle
 from zerodeploy_agent.services import ServiceFault
 from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
 
+from zerodeploy.services.tables import aligned, printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "aligned", "allowed", "client_rows", "parse", "parser", "run"]
+__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "allowed", "client_rows", "parse", "parser", "run"]
 
 #: set by rhl-guard for what it starts
 GUARDED = "RHL_GUARDED"
@@ -103,18 +105,12 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def _say(name: str, text: str) -> int:
-    print(f"{name}: {text}", file=sys.stderr)
+    print(f"{name}: {text.encode('utf-8', 'backslashreplace').decode('utf-8')}", file=sys.stderr)
     return 1
 
 
 def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a table."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [" ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _table(rows: list[list[str]]) -> None:
@@ -185,7 +181,7 @@ def _ps(given: Given) -> int:
             _say("rhl-ps", row["error"])
     if given.key:
         for row in rows:
-            print(row["key"])
+            print(printable(row["key"]))
     elif given.json:
         for row in rows:
             print(_json(row))

@@ -13,7 +13,7 @@ from typing import Any
 
 from zerodeploy_agent import hosting, launching, services
 from zerodeploy_agent.instances import Instance
-from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
+from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States, lives
 
 from zerodeploy.errors import ConfigError, ServiceError, ZeroDeployError
 from zerodeploy.services import command
@@ -96,6 +96,9 @@ class Launcher:
                  ssh_options: Sequence[str] = ()) -> None:  # fmt: skip
         self.config, self.observer, self.ssh_options = config, observer, list(ssh_options)
         self.states = States(CLIENT)
+        self._silent: dict[str, Any] | None = None  # the connection that does not answer
+        if connection_dir is not None and "\0" in os.fspath(connection_dir):
+            raise ConfigError(f"the connection directory {connection_dir!r} holds a NUL")
         if connection_dir is not None:
             self.states.folder = os.path.abspath(os.path.expanduser(os.fspath(connection_dir)))
 
@@ -135,11 +138,18 @@ class Launcher:
         try:
             state = self.states.read(self.config.key)
         except StateError as error:
+            if os.path.isdir(self.states.path(self.config.key)):
+                raise ServiceError(
+                    f"{self.states.path(self.config.key)} is a directory: there is no place for the connection"
+                ) from None
             self.observer.detail(f"{error}; it will be written anew")
             return None
         if state is None:
             self._step(missing, "missing")
             return None
+        if again and state == self._silent:
+            return None
+        asked = dict(state)
         known = state.pop("launched_with", {})
         same = known.get("digest") == self.config.digest()
         if not same:
@@ -151,8 +161,9 @@ class Launcher:
             ):
                 self._step(missing, "it may be another one")
                 return None
-        said = self._answers(state) or self._is_over(state)
+        said = self._is_over(state) or self._answers(state)
         if said:
+            self._silent = asked
             self.observer.detail(f"local handshake: {said}")
             self._step(missing, "no answer")
             return None
@@ -165,13 +176,23 @@ class Launcher:
         return state
 
     def _is_over(self, state: Mapping[str, Any]) -> str:
-        """Why another one than the service answers: on this machine that can be seen. Empty otherwise."""
-        if self.config.ssh_hostname is not None or state.get("tunneled-host"):
+        """Why an answer would not do, where that can be seen on this machine: of a tunnel, or of a service here. Empty otherwise."""
+        if isinstance(state.get("tunnel"), dict):
+            return "" if lives(state["tunnel"]) else "the process that keeps the tunnel has ended"
+        if self.config.ssh_hostname is not None or not States(SERVER).knows(self.config.key):
             return ""
-        known = States(SERVER)
-        if not known.knows(self.config.key) or Instance(known, self.config.key).alive:
-            return ""
-        return "the service has ended, and somebody else has its port"
+        service = Instance(States(SERVER), self.config.key)
+        if not service.alive:
+            return "the service has ended, and somebody else has its port"
+        return (
+            "the process that watches the service has ended"
+            if self._wants_watch and "supervisor" in service.known and not service.supervisor
+            else ""
+        )
+
+    @property
+    def _wants_watch(self) -> bool:
+        return not {"restart", "log"}.isdisjoint(self.config.settings)
 
     def _step(self, name: str, text: str) -> None:
         if name:
@@ -267,7 +288,7 @@ class Launcher:
             "digest": self.config.digest(), "host": self.config.ssh_hostname, "command": launching.shown(self.words("{status_file}")),
             "workdir": self.config.workdir, "network_interface": self.config.network_interface, "conda": self.config.data.get("conda"),
             "file_parameters": self.config.data.get("file_parameters"),
-            **{name: digest_of(settings[name]) if name in settings else "" for name in ("env", "limits", "restart", "log")},
+            **{name: digest_of(settings[name]) if name in settings else "" for name in launching.SETTINGS},
         }  # fmt: skip
 
     def bring_up(self, executor: Any) -> dict[str, Any]:
@@ -277,17 +298,15 @@ class Launcher:
         status, known = found["status"], found["state"]
         self.observer.step("remote_check", "missing" if status == "absent" else status)
         words = self.words(found["status_file"])
-        if status in ("running", "starting") and found.get("watched") is False:
-            self.observer.warning(
-                f"{key}: it runs, but the process that watches it has ended: it is not started again, and its log not put away. "
-                "Stop it and launch it again"
-            )
-        if status == "running" and not found["said"]:
-            return {**known, "launched": False, "drift": self._drift(known, words)}
-        if status in ("running", "starting"):
-            state = {**known, "launched": False}
-        else:
+        going = status in ("running", "starting")
+        if going and found.get("watched") is False and self._wants_watch:
             state = self._start(executor, words)
+            if state.get("adopted"):
+                self.observer.warning(f"{key}: the process that watched it had ended; another one does now")
+        elif status == "running" and not found["said"]:
+            return {**known, "launched": False, "drift": self._drift(known, words)}
+        else:
+            state = {**known, "launched": False} if going else self._start(executor, words)
         self.observer.step("wait_for_start", "waiting")
         ready = self._await(executor, state)
         return {**ready, "launched": state["launched"], "drift": [] if state["launched"] else self._drift(ready, words)}
@@ -315,7 +334,7 @@ class Launcher:
         signs = None
         while True:
             answer = executor.ask(
-                "await_ready", key=self.config.key, known=state, handshake=self.config.handshake, patience=min(_SLICE_S, limit)
+                "await_ready", key=self.config.key, known=state, handshake=self.config.handshake, patience=min(_SLICE_S, limit / 4)
             )
             if answer["done"] == hosting.READY:
                 return dict(answer["state"])
@@ -346,6 +365,14 @@ class Launcher:
         wanted = {"command": launching.shown([word.replace(own, path) for word in words]), "network_interface": self.config.network_interface,
                   "parameters": self.config.data.get("file_parameters")}  # fmt: skip
         drift = [name for name, value in wanted.items() if name in state and state[name] != value]
+        if isinstance(state.get("settings"), dict):
+            settings = self.config.settings
+            drift += [
+                name
+                for name in launching.SETTINGS
+                if state["settings"].get(name, "") != (digest_of(settings[name]) if name in settings else "")
+            ]
+            drift += ["conda"] if state["settings"].get("conda") != self.config.data.get("conda") else []
         place = str(state.get("workdir", ""))
         if place and not self.config.workdir.startswith("~") and place != self.config.workdir:
             drift.append("workdir")

@@ -14,9 +14,10 @@ import sys
 import time
 from typing import Any
 
-from zerodeploy_agent import statefile
+from zerodeploy_agent import hosting, statefile
 
 from zerodeploy.errors import ForwardingRefused, ServiceError, ZeroDeployError
+from zerodeploy.services import tunnels
 from zerodeploy.services.config import of_mapping
 from zerodeploy.services.executors import Executor, executor_over, log_in
 from zerodeploy.services.launch import Launcher
@@ -78,6 +79,7 @@ class Keeper:
         self._held: list[socket.socket] = []
         self.login: Any = None
         self.bound: dict[str, Any] = {}
+        self._before: dict[str, int] = {}  # local ports that would be good to have
 
     # opening
 
@@ -90,6 +92,7 @@ class Keeper:
         with self._executor() as executor:
             state = self.launcher.bring_up(executor)
             self.bound = executor.ask("bound", key=self.config.key)
+        self._succeed()
         self._forward()
         connection = {
             "hostname": "localhost", **self.local, "tunneled-host": host, "tunneled-port": self.bound["ports"]["port"],
@@ -97,6 +100,17 @@ class Keeper:
             "tunnel": statefile.identity(os.getpid()),
         }  # fmt: skip
         return {"connection": connection, "state": state, "local": self.local, "ports": self.bound["ports"]}
+
+    def _succeed(self) -> None:
+        """Take the place of a keeper before us, and its ports: only now that there is a way to the service."""
+        states, key = self.launcher.states, self.config.key
+        try:
+            state = states.read(key) or {}
+        except statefile.StateError:
+            return
+        if isinstance(state.get("tunnel"), dict):
+            tunnels.end(state["tunnel"])
+            self._before = hosting.ports_of(state)
 
     def _executor(self) -> Executor:
         """For a while, over our login."""
@@ -114,7 +128,7 @@ class Keeper:
                 with contextlib.suppress(ForwardingRefused):
                     self.login.running.end_forward(self.local[name], *self.there.pop(name))
             for attempt in range(_PORT_TRIES):
-                local = self.local.get(name) or _free_port()
+                local = self.local.get(name) or self._before.pop(name, 0) or _free_port()
                 self._let_go(local)
                 try:
                     self.login.running.forward(local, address, port)

@@ -24,7 +24,7 @@ from zerodeploy.errors import ServiceError
 if TYPE_CHECKING:
     from zerodeploy.services.launch import Launcher
 
-__all__ = ["close", "listed", "open_tunnel"]
+__all__ = ["close", "end", "listed", "open_tunnel"]
 
 _CLOSE_S = 10.0
 #: in the environment of each keeper: the base of its launcher's files, a newline, and its connection file
@@ -34,7 +34,6 @@ _MARK = "ZERODEPLOY_TUNNEL"
 def open_tunnel(launcher: Launcher) -> dict[str, Any]:
     """Launch with a tunnel, called by the launcher with the key's lock; the connection. Raises `ServiceError`."""
     config, states = launcher.config, launcher.states
-    _end_old(states, config.key)
     given = {"data": dict(config.data), "source": config.source, "folder": states.folder, "ssh_options": launcher.ssh_options}
     try:
         packed = json.dumps(given)
@@ -106,18 +105,8 @@ def _last_words(states: States, key: str) -> str:
         return "it said nothing"
 
 
-def _end_old(states: States, key: str) -> None:
-    """A process that is there but whose tunnel does not answer makes room."""
-    try:
-        state = states.read(key)
-    except statefile.StateError:
-        return
-    if state is not None:
-        _end(state.get("tunnel"))
-
-
-def _end(keeper: Any) -> None:
-    """End that process and its ssh, if it is the one that it was."""
+def end(keeper: Any) -> None:
+    """End that process and its ssh, if it is the one that it was. Raises `ServiceError`."""
     if isinstance(keeper, dict) and statefile.lives(keeper):
         try:
             services.end([keeper["pid"]], _CLOSE_S)
@@ -168,7 +157,10 @@ def close(key: str, states: States | None = None) -> bool:
 
     *states*: the directory of the connection file; else wherever there is one. Raises `ServiceError`, also where there are several.
     """
-    statefile.States(CLIENT).path(key)
+    try:
+        statefile.check_key(key)
+    except statefile.StateError as error:
+        raise ServiceError(str(error)) from None
     having = [each for each in _folders(states) if isinstance((_read(each, key) or {}).get("tunnel"), dict)]
     if len(having) > 1:
         places = ", ".join(each.folder for each in having)
@@ -177,7 +169,7 @@ def close(key: str, states: States | None = None) -> bool:
         )
     for each in having:
         state = _read(each, key) or {}
-        _end(state.get("tunnel"))
+        end(state.get("tunnel"))
         if (_read(each, key) or {}).get("tunnel") == state.get("tunnel"):
             each.discard(key)
     return bool(having)
