@@ -40,6 +40,12 @@ def where(request, place):
         yield {"hostname": "127.0.0.1", "ssh_hostname": server.alias}, States(SERVER, str(server.home / ".remote-http-launcher"))
 
 
+@pytest.fixture
+def here(place):
+    """As `where`, on this machine alone: for what is the engine's."""
+    return {}, States(SERVER)
+
+
 def starts(states: States) -> int:
     with open(states.log_path("k")) as log:
         return log.read().count("args ")
@@ -83,12 +89,20 @@ def test_a_service_that_ends_after_it_has_said_that_it_failed(place):
     assert not alive(pid)
 
 
-@pytest.mark.parametrize("spoil", ["gone", "garbage", "empty", "[]", "fifo", "directory"])
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(
+    ("where", "spoil", "known"),
+    [("local", spoil, known) for spoil in ("gone", "garbage", "empty", "[]", "fifo", "directory") for known in (False, True)]
+    + [
+        (kind, spoil, known)
+        for kind in ("agent", "helpers")
+        for spoil, known in (("gone", True), ("garbage", False), ("garbage", True))
+    ],
+    indirect=["where"],
+)
 def test_a_service_that_spoils_its_file(where, place, spoil, known):
     """*known*: it was found running before."""
     states, words = where[1], "" if known else f"--spoil {spoil}"
-    config = place.config(words=words, start_timeout=1.5, **where[0])
+    config = place.config(words=words, start_timeout=0.8, **where[0])
     if known:
         first = run(config)
         damage(states.path("k"), spoil)
@@ -244,10 +258,10 @@ def test_a_local_service_at_one_address_alone(place, host, stranger):
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_stop_ends_who_has_left_the_tree(where, place, dead):
+def test_stop_ends_who_has_left_the_tree(here, place, dead):
     """*dead*: also when the first process has ended before."""
-    run(place.config(words="--orphan --children", **where[0]))
-    states = where[1]
+    run(place.config(words="--orphan --children", **here[0]))
+    states = here[1]
     with open(f"{place.root}/data/orphan") as file:
         orphan = int(file.read())
     child = states.read("k")["child"]  # type: ignore[index]
@@ -261,7 +275,8 @@ def test_stop_ends_who_has_left_the_tree(where, place, dead):
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_what_a_dead_service_has_left_is_ended_before_the_next(place, restart):
+def test_what_a_dead_service_has_left_is_ended_before_the_next(place, restart, monkeypatch):
+    monkeypatch.setattr(launching, "_LEFT_S", 0.5)
     config = place.config(words="--orphan", **({"restart": {"policy": "always", "delay": 0.05}} if restart else {}))
     run(config)
     states, orphan = States(SERVER), place.root / "data" / "orphan"
@@ -291,7 +306,17 @@ def test_a_service_that_a_service_launches_is_its_own(place):
     assert engine.stop("inner", grace=1) == "stopped" and not alive(inner)
 
 
-@pytest.mark.parametrize("words", ["--daemon", "--daemon --only", "--daemon --delay 1"])
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("local", "--daemon"),
+        ("local", "--daemon --only"),
+        ("local", "--daemon --delay 1"),
+        ("agent", "--daemon --only"),
+        ("helpers", "--daemon --only"),
+    ],
+    indirect=["where"],
+)
 def test_a_service_that_makes_a_daemon_of_itself(where, place, words):
     """Its first process ends; it is running as long as the daemon has its port."""
     states = where[1]
@@ -329,14 +354,14 @@ def test_a_tree_that_grows_while_it_is_ended(tmp_path):
 
 
 @pytest.mark.parametrize("words", ["", "--only"])
-def test_a_start_that_succeeds_after_many_crashes(where, place, words):
+def test_a_start_that_succeeds_after_many_crashes(here, place, words):
     """The launcher waits on or tells the crashes, but never takes what the policy starts again for dead."""
     config = place.config(
         words=f"--fail-until 25 {words}",
         restart={"policy": "on-failure", "most": 100, "delay": 0.01, "most_delay": 0.05},
-        **where[0],
+        **here[0],
     )
-    states = where[1]
+    states = here[1]
     pid, until = 0, time.monotonic() + 60
     while not pid and time.monotonic() < until:
         try:
@@ -347,22 +372,22 @@ def test_a_start_that_succeeds_after_many_crashes(where, place, words):
     assert stop(states) == "stopped" and not alive(pid)
 
 
-def test_a_service_that_says_that_it_failed_is_started_again(where, place):
-    config = place.config(words="--fail", restart={"policy": "always", "delay": 0.1}, start_timeout=1, **where[0])
-    with pytest.raises(ServiceError, match="started again once it has ended" if not where[0] else "failed"):
+def test_a_service_that_says_that_it_failed_is_started_again(here, place):
+    config = place.config(words="--fail", restart={"policy": "always", "delay": 0.1}, start_timeout=1, **here[0])
+    with pytest.raises(ServiceError, match="started again once it has ended" if not here[0] else "failed"):
         run(config)
-    assert starts(where[1]) == 1 and stop(where[1]) == "stopped"
+    assert starts(here[1]) == 1 and stop(here[1]) == "stopped"
 
 
-def test_dropped_fields_do_not_end_the_restarts(where, place):
-    run(place.config(words="--only", restart={"policy": "always", "delay": 0.05}, **where[0]))
-    pid = own(where[1])
+def test_dropped_fields_do_not_end_the_restarts(here, place):
+    run(place.config(words="--only", restart={"policy": "always", "delay": 0.05}, **here[0]))
+    pid = own(here[1])
     for _ in range(3):
         os.kill(pid, signal.SIGKILL)
-        gone = {pid, where[1].record("k")["supervisor"]["pid"], 0}
-        wait_until(lambda: Instance(where[1], "k").pid not in gone, 20, "it is started again")  # noqa: B023
-        pid = own(where[1])
-        assert alive(pid) and Instance(where[1], "k").pid == pid
+        gone = {pid, here[1].record("k")["supervisor"]["pid"], 0}
+        wait_until(lambda: Instance(here[1], "k").pid not in gone, 20, "it is started again")  # noqa: B023
+        pid = own(here[1])
+        assert alive(pid) and Instance(here[1], "k").pid == pid
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -419,13 +444,13 @@ def test_the_same_launch_has_it_watched_again(place, capfd):
 @pytest.mark.parametrize(
     "more", [{"restart": "always"}, {"log": {"max_bytes": 100_000}}, {"restart": "on-failure", "log": {"max_bytes": 100_000}}]
 )
-def test_a_watched_service_is_stopped_at_once(where, place, more):
-    run(place.config(words="--tick", **more, **where[0]))
-    watcher = where[1].read("k")["supervisor"]["pid"]  # type: ignore[index]
+def test_a_watched_service_is_stopped_at_once(here, place, more):
+    run(place.config(words="--tick", **more, **here[0]))
+    watcher = here[1].read("k")["supervisor"]["pid"]  # type: ignore[index]
     began = time.monotonic()
-    assert stop(where[1], 60) == "stopped" and not alive(watcher)
+    assert stop(here[1], 60) == "stopped" and not alive(watcher)
     assert time.monotonic() - began < 20, "it did not wait for the end of the grace"
-    assert where[1].read("k")["status"] == "stale" and "[zerodeploy]" not in "".join(lines(where[1]))  # type: ignore[index]
+    assert here[1].read("k")["status"] == "stale" and "[zerodeploy]" not in "".join(lines(here[1]))  # type: ignore[index]
 
 
 def test_restarts_end_however_short_their_delays_are(place):
@@ -438,16 +463,16 @@ def test_restarts_end_however_short_their_delays_are(place):
 
 
 @pytest.mark.parametrize("policy", ["always", "on-failure"])
-def test_a_daemon_is_watched(where, place, policy):
+def test_a_daemon_is_watched(here, place, policy):
     """A service that makes a daemon of itself is not started again until the daemon has ended."""
-    states = where[1]
-    first = run(place.config(words="--daemon --delay 0.5", restart={"policy": policy, "delay": 0.05}, **where[0]))
+    states = here[1]
+    first = run(place.config(words="--daemon --delay 0.5", restart={"policy": policy, "delay": 0.05}, **here[0]))
     daemon = get(first)
     assert starts(states) == 1 and Instance(states, "k").status() == "running"
     os.kill(daemon, signal.SIGKILL)
     wait_until(lambda: starts(states) == 2, 20, "it is started again")
     (place.base / "client" / "k.json").unlink()
-    second = get(run(place.config(words="--daemon --delay 0.5", restart={"policy": policy, "delay": 0.05}, **where[0])))
+    second = get(run(place.config(words="--daemon --delay 0.5", restart={"policy": policy, "delay": 0.05}, **here[0])))
     assert second != daemon and starts(states) == 2
     assert stop(states) == "stopped" and not alive(second)
 
@@ -465,14 +490,14 @@ def test_the_watcher_makes_no_directory_again(place):
     assert not place.base.exists()
 
 
-def test_stop_while_a_restart_is_due(where, place):
-    run(place.config(restart={"policy": "always", "delay": 30}, **where[0]))
-    states = where[1]
+def test_stop_while_a_restart_is_due(here, place):
+    run(place.config(restart={"policy": "always", "delay": 30}, **here[0]))
+    states = here[1]
     crash(states)
     wait_until(lambda: "restart_at" in (states.read("k") or {}), 10, "it has crashed")
     watcher = states.read("k")["supervisor"]["pid"]  # type: ignore[index]
     assert stop(states) == "stopped" and not alive(watcher) and starts(states) == 1
-    assert alive(get(run(place.config(**where[0]))))
+    assert alive(get(run(place.config(**here[0]))))
 
 
 # the files

@@ -345,9 +345,11 @@ class Launcher:
                 signs, heard = answer["signs"], now
             if now - heard > limit or now - began > 10 * limit:
                 pid = answer["state"].get("pid")
+                of = f"{executor.host} {self.config.key}".strip()
                 raise ServiceError(
                     f"the service {self.config.key!r} is not ready after {now - began:.0f} s: {answer['said']}. It lives (pid {pid}) and is left to "
-                    f"it: the same again waits on, rhl-logs {self.config.key} shows its log, rhl-stop {self.config.key} ends it; start_timeout is {limit:g} s",
+                    f"it: the same again waits on, `zerodeploy service logs {of}` shows its log, `zerodeploy service stop {of}` ends it; "
+                    f"start_timeout is {limit:g} s",
                     host=executor.host, state=answer["state"],
                 )  # fmt: skip
 
