@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.zerodeploy-$(1)
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: demo test check bench format proto servers clean
 .DELETE_ON_ERROR:
