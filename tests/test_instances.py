@@ -430,6 +430,17 @@ def lines(states: States) -> list[str]:
     return b"".join(servicelogs.tail_of(states.log_path("k"))).decode().splitlines()
 
 
+def test_a_service_that_can_not_be_watched_again_is_found_all_the_same(place, capfd):
+    config = place.config(restart="always")
+    first = run(config)
+    watcher = States(SERVER).read("k")["supervisor"]["pid"]  # type: ignore[index]
+    os.kill(watcher, signal.SIGKILL)
+    wait_until(lambda: not alive(watcher), 5, "it ends")
+    os.rename(place.bin / "myservice", place.bin / "gone")
+    assert run(config) == {**first} and "nobody can: there is no program 'myservice'" in capfd.readouterr().err
+    assert stop(States(SERVER)) == "stopped"
+
+
 def test_the_same_launch_has_it_watched_again(place, capfd):
     """On this machine that is seen, though its connection file says that all is well."""
     config = place.config(restart="always")

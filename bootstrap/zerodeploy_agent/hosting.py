@@ -60,7 +60,7 @@ def look(key: str, handshake: "Optional[str]" = None, base: "Optional[str]" = No
 def launch(**options: "Any") -> "Dict[str, Any]":
     """`launching.launch`; and ``warning``, where something will end it at logout."""
     state = launching.launch(**options)
-    return dict(state, warning=lingering() if state["launched"] else "")
+    return dict({"warning": lingering() if state["launched"] else ""}, **state)
 
 
 def await_ready(key: str, known: "Dict[str, Any]", handshake: "Optional[str]" = None, patience: float = 2.0,

@@ -156,7 +156,7 @@ def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "
     file says; a file that is lost is written anew.
 
     Returns: the state, and ``launched``: whether it was started now; ``adopted`` if the process that has watched it was gone and
-    there is another one now.
+    there is another one now, ``warning`` if there can't be.
 
     Raises:
         StateError: no key, a lock that somebody holds for a minute, or a state file of no use where no launch has been recorded.
@@ -174,7 +174,10 @@ def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "
         if found.alive:
             state = found.restore()
             if wanted.watched and isinstance(state.get("supervisor"), dict) and not found.supervisor:
-                return dict(_watched(dict(given, adopt=True)), launched=False, adopted=True)
+                try:
+                    return dict(_watched(dict(given, adopt=True)), launched=False, adopted=True)
+                except ServiceFault as fault:  # it runs all the same
+                    return dict(state, launched=False, warning="nobody watches it any more, and nobody can: %s" % fault)
             return dict(state, launched=False)
         wanted.ready()
         left = found.roots()

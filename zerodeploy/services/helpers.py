@@ -369,7 +369,7 @@ def _launch(given: Given) -> int:
         given.key, given.workdir, given.command, network_interface=given.network_interface, parameters=given.parameters, meta=given.meta,
         conda=given.conda_env, exact=guarded, **settings,
     )  # fmt: skip
-    warning = hosting.lingering()
+    warning = state.pop("warning", "") or hosting.lingering()
     if warning:
         _say("rhl-launch-service", warning)
     if not state.pop("launched"):
