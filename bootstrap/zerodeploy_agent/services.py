@@ -96,7 +96,7 @@ def remove(key: str, base: "Optional[str]" = None) -> "Dict[str, Optional[str]]"
         warning = ""
         if found.roots():
             found.remember()
-            warning = "%r is running still (pid %d): the next launch finds it, stop ends it" % (key, found.roots()[-1])
+            warning = "%r is running still (pid %d): the next launch finds it, stop ends it" % (key, found.pid or found.roots()[0])
         removed = states.remove(key)
         if not warning:
             states.forget(key)

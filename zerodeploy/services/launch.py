@@ -112,7 +112,7 @@ class Launcher:
         except ZeroDeployError as error:
             self.observer.step("error", str(error).splitlines()[0])
             raise
-        return state
+        return dict(sorted(state.items()))  # as the file has it, whoever has written that
 
     def _under_lock(self) -> dict[str, Any]:
         """One launcher of this side at a time for a key; the others find what it has done."""
