@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from zerodeploy_agent.launching import Launch, shown
 
 from zerodeploy import ConfigError, ServiceError, TemplateError
-from zerodeploy.services import command, run
+from zerodeploy.services import bashquoting, command, run
 from zerodeploy.services.config import load, of_mapping, schema
 
 GOOD = "workdir: /tmp/x\nkey: k\ncommand: prog {workdir}\n"
@@ -168,8 +169,13 @@ def test_a_value_is_one_word(value, shell):
     st.booleans(),
 )
 @example(["\u2000", "\ue020"], True)
+@example(["ssh", ""], False)
+@example(["/x/sh", " "], True)
 def test_any_values(values, shell):
-    values = ["." + value if value.startswith("~/") else value for value in values]
+    words_of_shells = bashquoting._REREADS.pattern  # behind such a word values are refused: it reads them again
+    values = [
+        "." + value if value.startswith("~/") or re.fullmatch(f"(.*/)?({words_of_shells})", value) else value for value in values
+    ]
     template = "printf '<%s>\\0' " + " ".join(f"{{v[{number}]}}" for number in range(len(values)))
     assert printed(words(template, shell, v=values)) == values
 
