@@ -174,7 +174,8 @@ def test_a_value_is_one_word(value, shell):
 def test_any_values(values, shell):
     words_of_shells = bashquoting._REREADS.pattern  # behind such a word values are refused: it reads them again
     values = [
-        "." + value if value.startswith("~/") or re.fullmatch(f"(.*/)?({words_of_shells})", value) else value for value in values
+        f".{value}." if value.startswith("~/") or re.fullmatch(f"(.*/)?({words_of_shells})|-v", value) else value
+        for value in values
     ]
     template = "printf '<%s>\\0' " + " ".join(f"{{v[{number}]}}" for number in range(len(values)))
     assert printed(words(template, shell, v=values)) == values
