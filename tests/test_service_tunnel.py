@@ -151,7 +151,9 @@ def test_a_restarted_service_keeps_its_tunnel(place):
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: get(made["port"]) not in (None, pid), 20, "the new process answers at the same port")
         assert keeper_of() == keeper
-        port = States(SERVER, str(server.home / ".remote-http-launcher")).read("k")["port"]  # type: ignore[index]
+        states = States(SERVER, str(server.home / ".remote-http-launcher"))
+        wait_until(lambda: "port" in (states.read("k") or {}), 5, "it has reported")
+        port = states.read("k")["port"]  # type: ignore[index]
         wait_until(lambda: States(CLIENT).read("k")["tunneled-port"] == port, 5, "and the file names the new one")  # type: ignore[index]
 
 
@@ -252,12 +254,16 @@ def test_a_tunnel_that_nobody_keeps_is_replaced(place):
         config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=True)
         run(config)
         keeper = keeper_of()
-        for ssh in sshs_of(keeper):
+        sshs = sshs_of(keeper)
+        for ssh in sshs:
             os.kill(ssh, signal.SIGSTOP)
         os.kill(keeper, signal.SIGKILL)
         wait_until(lambda: not alive(keeper), 5, "it ends")
         made = run(config)
         assert keeper_of() != keeper and get(made["port"]) is not None
+        for ssh in sshs:
+            os.kill(ssh, signal.SIGCONT)
+        wait_until(lambda: not any(alive(ssh) for ssh in sshs), 10, "its ssh ends by itself")
 
 
 def test_twenty_at_once_get_one_tunnel(place):
