@@ -511,7 +511,51 @@ def test_stop_while_a_restart_is_due(here, place):
     assert alive(get(run(place.config(**here[0]))))
 
 
+def test_rm_ends_the_restarts_and_says_so(here, place):
+    """While it runs, and while a restart is due."""
+    states = here[1]
+    run(place.config(restart={"policy": "always", "delay": 0.1}))
+    pid, watcher = own(states), states.read("k")["supervisor"]["pid"]  # type: ignore[index]
+    assert "should it end it is not started again" in str(engine.remove("k")["warning"])
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not alive(watcher), 10, "nobody watches any more")
+    assert lines(states)[-1] == "[zerodeploy] ended with signal 9; its state was removed: it is not started again"
+    run(place.config(restart={"policy": "always", "delay": 2}))
+    watcher = states.read("k")["supervisor"]["pid"]  # type: ignore[index]
+    crash(states)
+    wait_until(lambda: "restart_at" in (states.read("k") or {}), 10, "it has crashed")
+    assert engine.remove("k") == {"path": states.path("k"), "warning": ""}
+    wait_until(lambda: not alive(watcher), 10, "nobody watches any more")
+    assert starts(states) == 1 and os.listdir(states.folder) == ["k.log"]
+
+
+def test_a_watcher_that_does_nothing(here, place):
+    """The service has ended, and is not said to run; stop does not wait for the watcher."""
+    states = here[1]
+    config = place.config(restart={"policy": "on-failure", "delay": 0.1}, start_timeout=1)
+    run(config)
+    pid, watcher = own(states), states.read("k")["supervisor"]["pid"]  # type: ignore[index]
+    os.kill(watcher, signal.SIGSTOP)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: Instance(states, "k").pid == 0, 5, "it ends")
+    assert Instance(states, "k").status() == "starting" and next(engine.server_rows(True))["status"] == "starting"
+    with pytest.raises(ServiceError, match="it has just ended. It is left to the process that watches it"):
+        run(config)
+    assert starts(states) == 1 and stop(states) == "stopped" and not alive(watcher)
+
+
 # the files
+
+
+def test_a_launch_that_fails_leaves_no_lock(place):
+    for command in ("nosuch {status_file}", "x {nothing}"):
+        with pytest.raises(ServiceError):
+            run({**place.config(), "command": command})
+    assert [name for side in ("server", "client") for name in os.listdir(place.base / side)] == []
+    with pytest.raises(ServiceError):
+        run(place.config(words="--die 1"))
+    assert os.listdir(place.base / "client") == []
+    assert engine.remove("k")["path"] and os.listdir(place.base / "server") == ["k.log"]
 
 
 def test_a_lock_that_is_removed_is_still_for_one(place):

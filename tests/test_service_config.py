@@ -72,7 +72,9 @@ port_end: 19999
     ("text", "field", "line"),
     [
         ("workdir: 3\nkey: k\ncommand: c\n", "workdir", 1), ("key: k\ncommand: c\n", "workdir", 1), ("workdir: /x\nkey: k\n", "command", 1), ("workdir: /x\ncommand: c\n", "key", 1),
-        (GOOD + "tunnel: maybe\n", "tunnel", 4), (GOOD + "handshake: [a]\n", "handshake", 4), (GOOD + "handshake:\n  parameters: {a: 1}\n", "handshake", 4), (GOOD + "conda: 3\n", "conda", 4),
+        (GOOD + "tunnel: maybe\n", "tunnel", 4), (GOOD + "handshake: [a]\n", "handshake", 4), (GOOD + "handshake:\n  parameters: {a: 1}\n", "handshake.path", 4), (GOOD + "handshake:\n  path: x\n  port_name: foo\n", "handshake.port_name", 6),
+        (GOOD + "handshake:\n  pth: x\n  path: y\n", "handshake.pth", 5), (GOOD + "handshake:\n  path: x\n  parameters:\n    a: [1]\n", "handshake.parameters.a", 7),
+        (GOOD + "restart:\n  policy: always\n  delay: 1\n  most: 0\n", "restart.most", 7), (GOOD + "restart:\n  policy: alway\n", "restart.policy", 5), (GOOD + "conda: 3\n", "conda", 4),
         (GOOD + "meta: 3\n", "meta", 4), (GOOD + "network_interface: 3\n", "network_interface", 4), (GOOD + "hostname: 3\n", "hostname", 4), (GOOD + "file_parameters: x\n", "file_parameters", 4),
         (GOOD + "env:\n  A: 1\n  b-c: 2\n", "env.b-c", 6), (GOOD + "limits:\n  memory_bytes: 0\n", "limits.memory_bytes", 5), (GOOD + "limits:\n  foo: 1\n", "limits.foo", 5),
         (GOOD + "restart: sometimes\n", "restart", 4), (GOOD + "log: {keep: 3}\n", "log.max_bytes", 4), (GOOD + "start_timeout: 0\n", "start_timeout", 4), (GOOD + "shell: 1\n", "shell", 4),

@@ -514,8 +514,9 @@ def test_a_guarded_host(place):
         with pytest.raises(ServiceError, match="not whitelisted"):
             run({**allowed, "key": "j"})
         elsewhere = config["command"].replace("{status_file}", f"{server.home}/.ssh/authorized_keys")
-        with pytest.raises(ServiceError, match="--status-file is"):
-            run({**config, "key": "e", "command": elsewhere})
+        for option in ("--status-file", "--status-fil", "--s"):
+            with pytest.raises(ServiceError, match="--status-file is"):
+                run({**config, "key": "e", "command": elsewhere.replace("--status-file", option)})
 
 
 @pytest.mark.parametrize("key", ["my key", "it's", "a$b", "k(1)"])

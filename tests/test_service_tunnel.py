@@ -125,8 +125,11 @@ def test_while_it_is_down_nobody_else_gets_the_port(place):
             return False
 
         wait_until(taken, 10, "the port is held")
+        wait_until(lambda: [row["status"] for row in tunnels.listed()] == ["down"], 5, "it is said to be down")
         wrapper.write_text(good)
         wait_until(lambda: get(made["port"]) is not None, 20, "open again")
+        wait_until(lambda: [row["status"] for row in tunnels.listed()] == ["open"], 5, "and said to be")
+        assert tunnels.close("k") and not [name for name in os.listdir(place.base / "client") if "k" in name]
 
 
 def test_it_ends_with_the_service(place):

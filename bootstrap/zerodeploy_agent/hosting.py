@@ -70,7 +70,7 @@ def await_ready(key: str, known: "Dict[str, Any]", handshake: "Optional[str]" = 
     Args:
         known: the state as its launch gave it. A service may write its file anew without what it does not know; that is put back.
 
-    Returns: ``done`` (``ready``, ``failed``, ``stale``, or empty: ask again), ``state``, ``said`` (why it is not ready), ``log``
+    Returns: ``pid`` (0 where none of it runs), ``done`` (``ready``, ``failed``, ``stale``, or empty: ask again), ``state``, ``said`` (why it is not ready), ``log``
     (its last lines, where it has failed) and ``signs``, which change while its start does something.
     """
     states = States(SERVER, base)
@@ -79,7 +79,7 @@ def await_ready(key: str, known: "Dict[str, Any]", handshake: "Optional[str]" = 
     while True:
         done, state, said = _moment(states, key, known, handshake)
         if done or time.monotonic() > until:
-            return {"done": done, "state": state, "said": said, "signs": [] if state.get("status") == RUNNING else _signs(states, key),
+            return {"done": done, "state": state, "said": said, "pid": Instance(states, key).pid, "signs": [] if state.get("status") == RUNNING else _signs(states, key),
                     "log": tail_of(states, key) if done not in ("", READY) else ""}  # fmt: skip
         time.sleep(max(0.0, min(pause, until - time.monotonic() + 0.001)))
         pause = min(0.1, pause * 1.3)

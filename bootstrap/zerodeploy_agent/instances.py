@@ -191,6 +191,8 @@ class Instance:
         status = self.state.get("status")
         if status in (STARTING, RUNNING) and not (self.alive if alive is None else alive):
             return STALE
+        if status == RUNNING and not self.pid and not self.heir():  # it has just ended, and is seen to
+            return STARTING if self.will_restart else STALE
         return status if isinstance(status, str) else MALFORMED
 
     # its files

@@ -94,9 +94,12 @@ def remove(key: str, base: "Optional[str]" = None) -> "Dict[str, Optional[str]]"
     try:
         found = Instance(states, key)
         warning = ""
-        if found.roots():
+        watcher = found.supervisor
+        left = [pid for pid in found.roots() if pid != watcher]
+        if left:
             found.remember()
-            warning = "%r is running still (pid %d): the next launch finds it, stop ends it" % (key, found.pid or found.roots()[0])
+            warning = "%r is running still (pid %d): the next launch finds it, stop ends it" % (key, found.pid or left[0])
+            warning += "; should it end it is not started again" if watcher else ""
         removed = states.remove(key)
         if not warning:
             states.forget(key)
@@ -128,8 +131,8 @@ def server_rows(probed: bool, base: "Optional[str]" = None) -> "Iterator[Dict[st
             continue
         status = state.get("status")
         shown = status if isinstance(status, str) or not probed else MALFORMED
-        if live is False and found is not None:
-            shown = found.status(False)
+        if found is not None:
+            shown = found.status(live)
         watcher = state.get("supervisor")
         more = {"watched": lives(watcher)} if probed and isinstance(watcher, dict) else {}
         yield dict(_EMPTY, **dict(state, key=key, status=shown, json_status=status, live=live, **more))

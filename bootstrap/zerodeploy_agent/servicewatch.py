@@ -210,8 +210,11 @@ class Watch:
         return bool(self._restarts < restart.get("most", MOST))
 
     def _again(self, status: "Optional[int]") -> bool:
-        """Wait, then start it once more. False: somebody has stopped it meanwhile, or it can't be started."""
+        """Wait, then start it once more. False: somebody has stopped it or removed its state, or it can't be started."""
         restart = self.wanted.restart
+        if not os.path.isdir(self.wanted.states.folder) or not self._is_ours(Instance(self.wanted.states, self.wanted.key)):
+            self._say("ended with %s; its state was removed: it is not started again" % _ending(status))
+            return False
         delay = min(restart.get("delay", DELAY_S) * 2 ** min(self._restarts, 60), restart.get("most_delay", MOST_DELAY_S))
         self._restarts += 1
         self._note(status, dict(identity(os.getpid()), status=STARTING, restarts=self._restarts, restart_at=time.time() + delay))
@@ -241,7 +244,7 @@ class Watch:
             self._note(status, {"status": FAILED, "reason": "it can't be started again: %s" % error}, locked=True)
             return False
         finally:
-            os.close(lock)
+            self._let_go(lock)
 
     def _over(self, status: "Optional[int]") -> None:
         gone: "Dict[str, Any]" = {}
@@ -274,7 +277,12 @@ class Watch:
                 self._say(str(error))
         finally:
             if lock >= 0:
-                os.close(lock)
+                self._let_go(lock)
+
+    def _let_go(self, lock: int) -> None:
+        if not self.wanted.states.knows(self.wanted.key):
+            self.wanted.states.forget(self.wanted.key)
+        os.close(lock)
 
     def _is_ours(self, found: Instance) -> bool:
         """Whether the state file is there, and of this launch."""

@@ -161,9 +161,9 @@ class States:
 
     def discard(self, key: str) -> bool:
         """`remove`, and `forget` if nobody else has the lock."""
-        if not self.knows(key):
-            return False
         removed = self.remove(key)
+        if not os.path.isdir(self.folder):
+            return removed
         try:
             fd = self.lock(key, 0)
         except StateError:
@@ -174,7 +174,7 @@ class States:
 
     def forget(self, key: str) -> None:
         """Remove what is beside the file for launchers alone, the lock too, which the caller has."""
-        for path in (self._record_path(key), self._lock_path(key)):
+        for path in (self._record_path(key), self._lock_path(key), os.path.join(self.folder, key + ".tunnel.log")):
             try:
                 os.unlink(path)
             except OSError:

@@ -307,6 +307,9 @@ def _wording(path: tuple[str | int, ...], error: Any) -> tuple[tuple[str | int, 
         odd = next((name for name in value if not isinstance(name, str) or not name.isidentifier()), "")
         return (*path, odd), "no name of an environment variable"
     if rule == "oneOf":
+        inner = _inner(path, wanted, value)
+        if inner is not None:
+            return inner
         shapes = " or ".join(_shape(each) for each in wanted)
         return path, f"it must be {shapes}; not {_brief(value)}"
     if rule == "type":
@@ -316,6 +319,20 @@ def _wording(path: tuple[str | int, ...], error: Any) -> tuple[tuple[str | int, 
     if rule == "minLength":
         return path, "it must not be empty"
     return path, f"{error.message.partition(' ')[2]}; it is {_brief(value)}"
+
+
+def _inner(path: tuple[str | int, ...], wanted: list[Any], value: Any) -> tuple[tuple[str | int, ...], str] | None:
+    """What is wrong within a mapping that is one of several shapes; None for another thing than a mapping."""
+    import fastjsonschema
+
+    for each in wanted if isinstance(value, Mapping) else ():
+        if each.get("type") == "object":
+            try:
+                fastjsonschema.compile(each, use_default=False)(value)
+            except fastjsonschema.JsonSchemaValueException as error:
+                below = tuple(int(part) if part.isdigit() else part for part in map(str, error.path[1:]))
+                return _wording((*path, *below), error)
+    return None
 
 
 def _type(wanted: str | list[str]) -> str:

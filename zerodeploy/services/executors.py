@@ -235,7 +235,15 @@ class HelperExecutor(Executor):
                 log = ""
                 if done not in ("", hosting.READY):
                     log = self.run(["rhl-logs", key, "--tail", "30"], ok=(0, 1))[1]
-                return {"done": done, "state": state, "said": said, "signs": [json.dumps(state, sort_keys=True)], "log": log}
+                pid = row.get("pid") if row.get("live") else 0
+                return {
+                    "done": done,
+                    "state": state,
+                    "said": said,
+                    "pid": pid,
+                    "signs": [json.dumps(state, sort_keys=True)],
+                    "log": log,
+                }
             time.sleep(_POLL_S)
 
     def _bound(self, key: str) -> dict[str, Any]:

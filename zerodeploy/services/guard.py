@@ -130,7 +130,8 @@ def _split(command: str) -> list[str]:
             continue
         found = _PIECE.match(rest, at)
         if found is None:
-            raise GuardRefused(f"command not in whitelist: {command[:200]!r}")
+            quoting = f"; {char!r} outside of quotes" if helpers.HELPERS.keys() & set(rest.split(None, 1)[:1]) else ""
+            raise GuardRefused(f"command not in whitelist: {command[:200]!r}{quoting}")
         word = (word or "") + next(each for each in found.groups() if each is not None)
         at = found.end()
     return words + ([word] if word is not None else [])

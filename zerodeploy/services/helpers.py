@@ -379,10 +379,10 @@ def _launch(given: Given) -> int:
 
 
 def _status_files(command: Sequence[str]) -> Iterator[str]:
-    """What a service is told to write its state to."""
+    """What a service is told to write its state to, also by an abbreviation, as argparse takes it."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         option, equals, value = word.partition("=")
-        if option in ("--status-file", "--status_file"):
+        if len(option) > 2 and any(name.startswith(option) for name in ("--status-file", "--status_file")):
             yield value if equals else following
 
 

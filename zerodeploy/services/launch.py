@@ -128,6 +128,8 @@ class Launcher:
                 return open_tunnel(self)
             return self.launch()
         finally:
+            if not self.states.knows(self.config.key):
+                self.states.forget(self.config.key)
             os.close(lock)
 
     # this side
@@ -344,11 +346,15 @@ class Launcher:
             if answer["signs"] != signs:
                 signs, heard = answer["signs"], now
             if now - heard > limit or now - began > 10 * limit:
-                pid = answer["state"].get("pid")
+                lives = (
+                    f"It lives (pid {answer['pid']}) and is left to it"
+                    if answer["pid"]
+                    else "It is left to the process that watches it"
+                )
                 of = f"{executor.host} {self.config.key}".strip()
                 raise ServiceError(
-                    f"the service {self.config.key!r} is not ready after {now - began:.0f} s: {answer['said']}. It lives (pid {pid}) and is left to "
-                    f"it: the same again waits on, `zerodeploy service logs {of}` shows its log, `zerodeploy service stop {of}` ends it; "
+                    f"the service {self.config.key!r} is not ready after {now - began:.0f} s: {answer['said']}. "
+                    f"{lives}: the same again waits on, `zerodeploy service logs {of}` shows its log, `zerodeploy service stop {of}` ends it; "
                     f"start_timeout is {limit:g} s",
                     host=executor.host, state=answer["state"],
                 )  # fmt: skip

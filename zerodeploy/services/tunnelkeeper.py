@@ -79,6 +79,7 @@ class Keeper:
         self._held: list[socket.socket] = []
         self.login: Any = None
         self.bound: dict[str, Any] = {}
+        self._down = False
         self._before: dict[str, int] = {}  # local ports that would be good to have
 
     # opening
@@ -181,17 +182,20 @@ class Keeper:
             time.sleep(_RESTART_S)
         before = (dict(self.local), dict(self.there))
         self._forward()
-        if before != (self.local, self.there):
+        if before != (self.local, self.there) or self._down:
+            self._down = False
             self._write()
 
-    def _write(self) -> None:
-        """The connection file, with the ports that the service has got since."""
+    def _write(self, down: bool = False) -> None:
+        """The connection file, with the ports that the service has got since; *down*: nothing leads there for now."""
         states, key = self.launcher.states, self.config.key
         lock = states.lock(key, 30.0)
         try:
             state = states.read(key)
-            if _is_ours(state):
-                states.write(key, {**(state or {}), **self.local, "tunneled-port": self.bound["ports"]["port"]})
+            if state is not None and _is_ours(state):
+                tunnel = {name: value for name, value in state["tunnel"].items() if name != "down"}
+                ports = {} if down else {**self.local, "tunneled-port": self.bound["ports"]["port"]}
+                states.write(key, {**state, **ports, "tunnel": {**tunnel, "down": True} if down else tunnel})
         finally:
             os.close(lock)
 
@@ -199,6 +203,9 @@ class Keeper:
         self.login.close()
         self.there.clear()
         self._hold_ports()
+        self._down = True
+        with contextlib.suppress(statefile.StateError, OSError):
+            self._write(down=True)
         delay, began = 0.5, time.monotonic()
         while True:
             try:

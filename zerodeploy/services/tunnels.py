@@ -133,7 +133,8 @@ def _folders(states: States | None) -> list[States]:
 
 
 def listed(states: States | None = None) -> Iterator[dict[str, Any]]:
-    """The tunnels of this user: ``key``, ``ssh_host``, ``ports`` (by field, the local ones), ``pid``, ``status`` (open or dead) and
+    """The tunnels of this user: ``key``, ``ssh_host``, ``ports`` (by field, the local ones), ``pid``, ``status`` (open; down while it is opened
+    again; dead where nobody keeps it) and
     ``file``, the connection file. *states*: only those of that directory."""
     for each in _folders(states):
         for key, state, wrong in each.all():
@@ -141,7 +142,7 @@ def listed(states: States | None = None) -> Iterator[dict[str, Any]]:
             if wrong or not isinstance(keeper, dict):
                 continue
             ports = {name: state[name] for name in sorted(statefile.port_names(state))}
-            status = "open" if statefile.lives(keeper) else "dead"
+            status = "dead" if not statefile.lives(keeper) else "down" if keeper.get("down") else "open"
             yield {
                 "key": key,
                 "ssh_host": state.get("tunneled-host"),
@@ -170,7 +171,8 @@ def close(key: str, states: States | None = None) -> bool:
     for each in having:
         state = _read(each, key) or {}
         end(state.get("tunnel"))
-        if (_read(each, key) or {}).get("tunnel") == state.get("tunnel"):
+        left = (_read(each, key) or {}).get("tunnel")
+        if left is None or left.get("pid") == state["tunnel"].get("pid"):
             each.discard(key)
     return bool(having)
 
