@@ -172,6 +172,9 @@ def test_mistakes(place, service):
     for words in (["tunnel", "close", "a/b"], ["stop", "k/../x"], ["inspect", ""], ["stop", "--host", "local", "k", "l/"]):
         assert service(*words).returncode == 1, words
     assert service("stop", "-oProxyCommand=touch /tmp/zd-pwned", "k").returncode == 2 and not os.path.exists("/tmp/zd-pwned")
+    for words in (["up", "--json"], ["bogus", "--json"], ["logs", "k", "--tail", "-1", "--json"]):
+        done = service(*words)
+        assert (done.returncode, done.stdout) == (2, "") and json.loads(done.stderr)["error"] == "UsageError", done
     assert not States(SERVER).names()
 
 

@@ -59,5 +59,12 @@ def _run(program: str, argv: list[str] | None) -> Any:
         cause = error.__cause__
         raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
     except click.ClickException as error:
-        error.show()
+        words = sys.argv[1:] if argv is None else list(argv)
+        if program == "zerodeploy" and "--json" in words[: words.index("--") if "--" in words else len(words)]:
+            from zerodeploy.cli.common import tell_error
+            from zerodeploy.errors import UsageError
+
+            tell_error(Context(json=True), UsageError(error.format_message()))
+        else:
+            error.show()
         return error.exit_code if error.exit_code != 1 else 2
