@@ -183,6 +183,8 @@ class ParamikoRunning(Running):
                 sink.sendall(data)
         except (OSError, EOFError):
             pass
+        with contextlib.suppress(OSError):  # a close alone is not seen at the other end while `_copy_up` reads here
+            sink.shutdown(socket.SHUT_RDWR)
         sink.close()
 
 
