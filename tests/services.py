@@ -74,9 +74,7 @@ class Place:
 
     def end(self) -> None:
         for row in list(tunnels.listed()):
-            states = States(SERVER)
-            states.folder = os.path.dirname(row["file"])
-            tunnels.close(row["key"], states)
+            tunnels.close(row["key"], States.at(os.path.dirname(row["file"])))
         for base in self.bases:
             for key in States(SERVER, str(base)).names():
                 with contextlib.suppress(Exception):

@@ -70,8 +70,8 @@ def await_ready(key: str, known: "Dict[str, Any]", handshake: "Optional[str]" = 
     Args:
         known: the state as its launch gave it. A service may write its file anew without what it does not know; that is put back.
 
-    Returns: ``pid`` (0 where none of it runs), ``done`` (``ready``, ``failed``, ``stale``, or empty: ask again), ``state``, ``said`` (why it is not ready), ``log``
-    (its last lines, where it has failed) and ``signs``, which change while its start does something.
+    Returns: ``done`` (``ready``, ``failed``, ``stale``, or empty: ask again), ``state``, ``said`` (why it is not ready), ``pid`` (0
+    where none of it runs), ``log`` (its last lines, where it has failed) and ``signs``, which change while its start does something.
     """
     states = States(SERVER, base)
     until = time.monotonic() + patience
@@ -99,16 +99,10 @@ def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optio
         return FAILED, state, said + ("; its process %d lives on, and has to be stopped first" % service.pid if service.pid else "")
     if not service.pid:
         heir = service.heir()
-        if heir and state.get("status") == STARTING:
-            return "", state, "its first process has ended, another of it (pid %d) goes on" % heir
-        if not heir and service.in_care:
-            return "", state, "it has just ended"
-        if not heir and Instance(states, key).known != state:  # it may have been started again in between
-            return "", state, "its state is changing"
-        if not heir and state.get("status") == STARTING:
-            return FAILED, _failed(states, key, state), "it has ended before it was running"
         if not heir:
-            return STALE, state, "it has ended"
+            return _ended(service, state)
+        if state.get("status") == STARTING:
+            return "", state, "its first process has ended, another of it (pid %d) goes on" % heir
     if state.get("status") == STARTING and "restart_at" in state and int(state.get("restarts") or 0) >= _CRASHES:
         return FAILED, state, ("it has ended %s times before it was running, at last with %s; it is tried again until somebody stops it, or "
                                "its restarts are used up" % (state["restarts"], state.get("ended")))  # fmt: skip
@@ -116,6 +110,17 @@ def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optio
         return "", state, _waiting(state.get("status"))
     said = probe(service, state, handshake)
     return ("" if said else READY), state, said
+
+
+def _ended(service: Instance, state: "Dict[str, Any]") -> "Any":
+    """As `_moment`, for a service of which nothing runs."""
+    if service.in_care:
+        return "", state, "it has just ended"
+    if Instance(service.states, service.key).known != state:  # it may have been started again in between
+        return "", state, "its state is changing"
+    if state.get("status") == STARTING:
+        return FAILED, _failed(service.states, service.key, state), "it has ended before it was running"
+    return STALE, state, "it has ended"
 
 
 def _waiting(status: object) -> str:

@@ -169,9 +169,9 @@ class Instance:
         if status not in (STARTING, RUNNING):
             return 0
         carriers = self._carriers()
-        if status == STARTING or not ports:
-            return min(carriers, default=0) if status == STARTING else 0
-        port = self.known[ports[0]]
+        if status == STARTING:
+            return min(carriers, default=0)
+        port = self.known[ports[0]] if ports else None
         found = listeners(carriers, port) if isinstance(port, int) and 0 < port < 65536 else []
         return found[0][1] if found else 0
 

@@ -185,9 +185,7 @@ def launch(key: str, workdir: str, argv: "Sequence[str]", **options: "Any") -> "
             end(left, _LEFT_S, found.launches)
         return dict(_watched(given) if wanted.watched else start(wanted), launched=True)
     finally:
-        if not wanted.states.knows(key):
-            wanted.states.forget(key)
-        os.close(lock)
+        wanted.states.unlock(key, lock)
 
 
 def _watched(given: "Dict[str, Any]") -> "Dict[str, Any]":

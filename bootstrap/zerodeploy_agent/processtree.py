@@ -12,7 +12,7 @@ import signal
 import time
 
 from .cleanup import SERVICE
-from .procfs import belongs_to_us, environment_of, has_ended, pidfd_open, pids, runs, start_of, stat_of
+from .procfs import belongs_to_us, has_ended, is_alive, pidfd_open, pids, runs, start_in, start_of, stat_of, variable_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ def tree(roots: "Collection[int]", leaders: "Collection[int]" = (), launches: "C
     seen: "Dict[int, Seen]" = {}
     for pid in pids():
         fields = stat_of(pid) if belongs_to_us(pid) else []
-        if fields and fields[0] not in (b"Z", b"X"):
-            seen[pid] = Seen(int(fields[1]), int(fields[3]), fields[19].decode("ascii"))
+        if is_alive(fields):
+            seen[pid] = Seen(int(fields[1]), int(fields[3]), start_in(fields))
     found = {pid for pid, each in seen.items() if pid in roots or each.session in leaders}
     if launches:
-        carried = {pid: _launch_of(pid) for pid in seen}
+        carried = {pid: variable_of(pid, SERVICE) for pid in seen}
         ours = {pid for pid, launch in carried.items() if launch in launches}
         sessions = {seen[pid].session for pid in ours}  # a session's number stays its own as long as anybody is in it
         apart = {pid for pid in seen if carried[pid] and pid not in ours}
@@ -68,17 +68,10 @@ def carriers() -> "Dict[str, Set[int]]":
     found: "Dict[str, Set[int]]" = {}
     for pid in pids():
         if belongs_to_us(pid):
-            launch = _launch_of(pid)
+            launch = variable_of(pid, SERVICE)
             if launch and runs(pid):
                 found.setdefault(launch, set()).add(pid)
     return found
-
-
-def _launch_of(pid: int) -> str:
-    """What it carries; empty for nothing."""
-    at = b"\0" + environment_of(pid)
-    name = b"\0%s=" % SERVICE.encode("ascii")
-    return at.partition(name)[2].partition(b"\0")[0].decode("ascii", "replace")
 
 
 def _orphaned(sessions: "Set[int]") -> "Set[int]":

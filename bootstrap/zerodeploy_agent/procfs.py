@@ -82,13 +82,14 @@ def start_of(pid: int) -> str:
     return start_in(stat_of(pid))
 
 
-def environment_of(pid: int) -> bytes:
-    """What it was started with, entries ended by NUL each; empty where that may not be seen, and for none."""
+def variable_of(pid: int, name: str) -> str:
+    """The variable of the environment that it was started with; empty without it, and where that may not be seen."""
     try:
         with open("/proc/%d/environ" % pid, "rb") as file:
-            return file.read()
+            entries = b"\0" + file.read()
     except OSError:
-        return b""
+        return ""
+    return os.fsdecode(entries.partition(b"\0%s=" % name.encode("ascii"))[2].partition(b"\0")[0])
 
 
 def belongs_to_us(pid: int) -> bool:

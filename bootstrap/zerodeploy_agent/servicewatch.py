@@ -244,7 +244,7 @@ class Watch:
             self._note(status, {"status": FAILED, "reason": "it can't be started again: %s" % error}, locked=True)
             return False
         finally:
-            self._let_go(lock)
+            self.wanted.states.unlock(self.wanted.key, lock)
 
     def _over(self, status: "Optional[int]") -> None:
         gone: "Dict[str, Any]" = {}
@@ -277,12 +277,7 @@ class Watch:
                 self._say(str(error))
         finally:
             if lock >= 0:
-                self._let_go(lock)
-
-    def _let_go(self, lock: int) -> None:
-        if not self.wanted.states.knows(self.wanted.key):
-            self.wanted.states.forget(self.wanted.key)
-        os.close(lock)
+                states.unlock(key, lock)
 
     def _is_ours(self, found: Instance) -> bool:
         """Whether the state file is there, and of this launch."""

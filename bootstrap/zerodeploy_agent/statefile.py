@@ -16,7 +16,7 @@ from .procfs import belongs_to_us, boot_id, is_alive, start_in, start_of, stat_o
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+    from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 BASE = "REMOTE_HTTP_LAUNCHER_DIR"
 SERVER, CLIENT = "server", "client"
@@ -109,6 +109,13 @@ class States:
 
     def __init__(self, side: str, base: "Optional[str]" = None) -> None:
         self.folder = os.path.join(base or base_dir(), side)
+
+    @classmethod
+    def at(cls, folder: "Union[str, os.PathLike[str]]") -> "States":
+        """The files in that directory."""
+        made = cls("")
+        made.folder = os.path.abspath(os.path.expanduser(os.fspath(folder)))
+        return made
 
     def path(self, key: str) -> str:
         """Raises `StateError`, as all that take a key."""
@@ -219,6 +226,12 @@ class States:
             except FileNotFoundError:
                 pass
             os.close(fd)  # of a file that was removed by who had it before
+
+    def unlock(self, key: str, fd: int) -> None:
+        """Give the lock back; where there is nothing of the key no lock stays either."""
+        if not self.knows(key):
+            self.forget(key)
+        os.close(fd)
 
     def _lock_path(self, key: str) -> str:
         return os.path.join(self.folder, ".%s.lock" % check_key(key))

@@ -360,13 +360,9 @@ _CONNECTION_DIR = click.option(
 
 
 def _connections_in(folder: str | None) -> Any:
-    from zerodeploy_agent.statefile import CLIENT, States
+    from zerodeploy_agent.statefile import States
 
-    if folder is None:
-        return None
-    states = States(CLIENT)
-    states.folder = os.path.abspath(os.path.expanduser(folder))
-    return states
+    return None if folder is None else States.at(folder)
 
 
 @tunnel.command("ls")

@@ -100,7 +100,7 @@ class Launcher:
         if connection_dir is not None and "\0" in os.fspath(connection_dir):
             raise ConfigError(f"the connection directory {connection_dir!r} holds a NUL")
         if connection_dir is not None:
-            self.states.folder = os.path.abspath(os.path.expanduser(os.fspath(connection_dir)))
+            self.states = States.at(connection_dir)
 
     def run(self) -> dict[str, Any]:
         """See the module's `run`."""
@@ -128,9 +128,7 @@ class Launcher:
                 return open_tunnel(self)
             return self.launch()
         finally:
-            if not self.states.knows(self.config.key):
-                self.states.forget(self.config.key)
-            os.close(lock)
+            self.states.unlock(self.config.key, lock)
 
     # this side
 
@@ -285,13 +283,17 @@ class Launcher:
 
     def launched_with(self) -> dict[str, Any]:
         """What a later launcher compares its own description with."""
-        settings = self.config.settings
         return {
             "digest": self.config.digest(), "host": self.config.ssh_hostname, "command": launching.shown(self.words("{status_file}")),
             "workdir": self.config.workdir, "network_interface": self.config.network_interface, "conda": self.config.data.get("conda"),
             "file_parameters": self.config.data.get("file_parameters"),
-            **{name: digest_of(settings[name]) if name in settings else "" for name in launching.SETTINGS},
+            **self._digests(),
         }  # fmt: skip
+
+    def _digests(self) -> dict[str, str]:
+        """Of each of the settings; empty for those that are not given."""
+        settings = self.config.settings
+        return {name: digest_of(settings[name]) if name in settings else "" for name in launching.SETTINGS}
 
     def bring_up(self, executor: Any) -> dict[str, Any]:
         """The state of the service, which answers on its host; ``launched`` says whether it was started now."""
@@ -374,12 +376,7 @@ class Launcher:
                   "parameters": self.config.data.get("file_parameters")}  # fmt: skip
         drift = [name for name, value in wanted.items() if name in state and state[name] != value]
         if isinstance(state.get("settings"), dict):
-            settings = self.config.settings
-            drift += [
-                name
-                for name in launching.SETTINGS
-                if state["settings"].get(name, "") != (digest_of(settings[name]) if name in settings else "")
-            ]
+            drift += [name for name, digest in self._digests().items() if state["settings"].get(name, "") != digest]
             drift += ["conda"] if state["settings"].get("conda") != self.config.data.get("conda") else []
         place = str(state.get("workdir", ""))
         if place and not self.config.workdir.startswith("~") and place != self.config.workdir:

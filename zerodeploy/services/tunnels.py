@@ -120,22 +120,18 @@ def _folders(states: States | None) -> list[States]:
         return [states]
     usual = States(CLIENT)
     found = {usual.folder: usual}
-    needle = f"\0{_MARK}=".encode()
     for pid in procfs.pids():
         if procfs.belongs_to_us(pid):
-            mark = os.fsdecode((b"\0" + procfs.environment_of(pid)).partition(needle)[2].partition(b"\0")[0])
-            base, _, path = mark.partition("\n")
+            base, _, path = procfs.variable_of(pid, _MARK).partition("\n")
             if path and base == statefile.base_dir():
-                made = States(CLIENT)
-                made.folder = os.path.dirname(path)
+                made = States.at(os.path.dirname(path))
                 found.setdefault(made.folder, made)
     return [usual, *(found[folder] for folder in sorted(found) if folder != usual.folder)]
 
 
 def listed(states: States | None = None) -> Iterator[dict[str, Any]]:
-    """The tunnels of this user: ``key``, ``ssh_host``, ``ports`` (by field, the local ones), ``pid``, ``status`` (open; down while it is opened
-    again; dead where nobody keeps it) and
-    ``file``, the connection file. *states*: only those of that directory."""
+    """The tunnels of this user: ``key``, ``ssh_host``, ``ports`` (by field, the local ones), ``pid``, ``status``
+    (open; down while it is opened again; dead where nobody keeps it) and ``file``, the connection file. *states*: only those of that directory."""
     for each in _folders(states):
         for key, state, wrong in each.all():
             keeper = state.get("tunnel")
