@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +57,31 @@ def crash(states: States, before: int = 0) -> int:
     pid: int = states.read("k")["pid"]  # type: ignore[index]
     os.kill(pid, signal.SIGKILL)
     return pid
+
+
+@contextlib.contextmanager
+def a_stranger_at(port: int):
+    """Somebody else's service, which answers there as ours would; that of another test, if it was faster."""
+
+    class Stranger(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    try:
+        made = http.server.ThreadingHTTPServer(("127.0.0.1", port), Stranger)
+    except OSError as error:
+        assert error.errno == errno.EADDRINUSE
+        yield
+        return
+    with made as stranger:
+        thread = threading.Thread(target=stranger.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield
+        finally:
+            stranger.shutdown()
+            thread.join()
 
 
 def launcher(*argv: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -395,14 +424,26 @@ def test_stop_ends_a_service_that_would_be_restarted(where, place):
     assert Instance(states, "k").status() == "stale"
 
 
+def test_what_answers_at_the_port_that_it_had_is_not_the_service(place):
+    config = place.config(restart={"policy": "always", "delay": 1})
+    port = run(config)["port"]
+    states = States(SERVER)
+    before = crash(states)
+    wait_until(lambda: "port" not in (states.read("k") or {}), 10, "it has crashed")
+    with a_stranger_at(port):
+        wait_until(lambda: (states.read("k") or {}).get("status") == "running", 20, "it runs again")
+        again = run(config)
+        assert again["port"] == states.read("k")["port"] and get(again) not in (before, os.getpid())
+
+
 def test_while_a_restart_is_due_nobody_launches_another(place):
     config = place.config(restart={"policy": "always", "delay": 30})
-    run(config)
+    port = run(config)["port"]
     states = States(SERVER)
     crash(states)
     wait_until(lambda: "restart_at" in (states.read("k") or {}), 10, "it has crashed")
     assert Instance(states, "k").status() == "starting"
-    with pytest.raises(ServiceError, match="not ready"):
+    with a_stranger_at(port), pytest.raises(ServiceError, match="not ready"):
         run({**config, "start_timeout": 0.3})
     assert (place.base / "server" / "k.log").read_text().count("args ") == 1
     assert engine.stop("k", grace=0.5) == "stopped"

@@ -13,7 +13,7 @@ from typing import Any
 
 from zerodeploy_agent import hosting, launching, services
 from zerodeploy_agent.instances import Instance
-from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States, lives
+from zerodeploy_agent.statefile import CLIENT, SERVER, STALE, STARTING, StateError, States, lives
 
 from zerodeploy.errors import ConfigError, ServiceError, ZeroDeployError
 from zerodeploy.services import command
@@ -184,6 +184,11 @@ class Launcher:
         service = Instance(States(SERVER), self.config.key)
         if not service.alive:
             return "the service has ended, and somebody else has its port"
+        if service.status() in (STALE, STARTING):  # its process has ended, and is seen to
+            return "the service is starting, and somebody else has its port"
+        port = service.known.get("port")
+        if port is not None and port != state.get("port"):
+            return f"the service was started again, and has port {port} now"
         return (
             "the process that watches the service has ended"
             if self._wants_watch and "supervisor" in service.known and not service.supervisor
