@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from zerodeploy_agent import hosting, launching, processtree, servicelogs, statefile
@@ -343,12 +345,80 @@ def test_a_tree_that_grows_while_it_is_ended(tmp_path):
     (tmp_path / "code").write_text(code)
     env = {**os.environ, "ZERODEPLOY_SERVICE": "test-of-a-tree"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "3", str(tmp_path / "code")], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "3", str(tmp_path / "code")],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout and process.stdout.readline()
-    processtree.end_tree([process.pid], 5, ["test-of-a-tree"])
+    processtree.end_tree([process.pid], 5, {"test-of-a-tree": 0})
     assert processtree.carriers().get("test-of-a-tree", set()) == set() and process.wait(5) == 0
     process.stdout.close()
+
+
+LEADERLESS = """\
+import os, signal, subprocess, sys, time
+sys.path.insert(0, {bootstrap!r})
+from zerodeploy_agent import processtree
+stranger = subprocess.Popen(["sleep", "1000"])
+while not sys.argv[1:] and processtree.runs(os.getsid(0)):
+    time.sleep(0.01)
+started = processtree.start_of(stranger.pid)
+while True:  # a member that is younger, by the clock of the kernel
+    member = subprocess.Popen(["sleep", "1000"], env={{"ZERODEPLOY_SERVICE": "of-a-test"}})
+    if processtree.start_of(member.pid) != started:
+        break
+    member.kill(), member.wait()
+try:
+    session = os.getsid(stranger.pid)
+    assert (session == 0) == bool(sys.argv[1:]) and not processtree.runs(session), session
+    processtree.end_tree([member.pid], 5, {{"of-a-test": 0}})
+    print(member.wait(5), stranger.poll())
+finally:
+    member.kill()
+    stranger.kill()
+"""
+
+
+def test_who_is_in_a_session_with_it_is_left_alone():
+    """Somebody has started it by hand, in a session whose leader has ended since."""
+    script = LEADERLESS.format(bootstrap=str(Path(processtree.__file__).parents[1]))
+    leader = subprocess.Popen(
+        ["sh", "-c", '"$@" & exit 0', "sh", sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert leader.communicate(timeout=30)[0].split() == ["-15", "None"]
+
+
+def test_who_has_a_session_of_another_namespace_is_left_alone():
+    """Seen from within a PID namespace all such sessions are 0: a command in a container has none of its own."""
+    tried = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "true"]
+    can_or_skip(
+        shutil.which("unshare") is not None and subprocess.run(tried, capture_output=True).returncode == 0,
+        "no PID namespace of our own",
+    )
+    script = LEADERLESS.format(bootstrap=str(Path(processtree.__file__).parents[1]))
+    done = subprocess.run([*tried[:-1], sys.executable, "-c", script, "0"], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.stdout.split(), done.stderr) == (["-15", "None"], "")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_who_has_wiped_its_environment_is_found_by_the_session(known, tmp_path):
+    """Its leader has ended, and so has its parent. If nobody knows who has begun the session, it must not be older than the others."""
+    wiped, other = "env -i sleep 1000 & echo $! > wiped", "sleep 1000 & echo $! > other"
+    inner = "; ".join([wiped, other] if known else [other, "sleep 0.05", wiped])
+    env = {**os.environ, "ZERODEPLOY_SERVICE": f"of-a-tree-without-a-leader-{known}"}
+    process = subprocess.Popen(["sh", "-c", inner], env=env, cwd=tmp_path, start_new_session=True, stdin=subprocess.DEVNULL)
+    assert process.wait(10) == 0
+    pids = [int((tmp_path / name).read_text()) for name in ("wiped", "other")]
+    wait_until(lambda: b"" == Path(f"/proc/{pids[0]}/environ").read_bytes(), 5, "it has wiped it")
+    assert all(map(alive, pids))
+    processtree.end_tree([], 5, {env["ZERODEPLOY_SERVICE"]: process.pid if known else 0})
+    assert not any(map(alive, pids))
 
 
 # while it is started again

@@ -16,7 +16,7 @@ from .procfs import belongs_to_us, has_ended, is_alive, pidfd_open, pids, runs, 
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Collection, Dict, Sequence, Set
+    from typing import Collection, Dict, Mapping, Optional, Sequence, Set
 
 
 class Seen:
@@ -32,11 +32,14 @@ class TreeError(Exception):
     """Processes that can't be ended. The text names them."""
 
 
-def tree(roots: "Collection[int]", leaders: "Collection[int]" = (), launches: "Collection[str]" = ()) -> "Dict[int, Seen]":
+def tree(
+    roots: "Collection[int]", leaders: "Collection[int]" = (), launches: "Optional[Mapping[str, int]]" = None
+) -> "Dict[int, Seen]":
     """Living processes of this user, without the caller: *roots*, the sessions of *leaders*, those that carry one of *launches*, with
-    their sessions, and all below them.
+    the sessions that they have begun, and all below them.
 
-    With *launches*, those of another launch, and what is below them, are left out: services that a service has launched.
+    Of *launches* each has the pid of its first process, 0 where nobody knows. With them, those of another launch, and what is below
+    them, are left out: services that a service has launched.
     """
     seen: "Dict[int, Seen]" = {}
     for pid in pids():
@@ -47,11 +50,14 @@ def tree(roots: "Collection[int]", leaders: "Collection[int]" = (), launches: "C
     if launches:
         carried = {pid: variable_of(pid, SERVICE) for pid in seen}
         ours = {pid for pid, launch in carried.items() if launch in launches}
-        sessions = {seen[pid].session for pid in ours}  # a session's number stays its own as long as anybody is in it
-        apart = {pid for pid in seen if carried[pid] and pid not in ours}
-        found |= ours | {
-            pid for pid, each in seen.items() if each.session in sessions and each.session in (*ours, *_orphaned(sessions))
+        # 0 is that of everybody whose session is another PID namespace's
+        sessions = {
+            session
+            for session in {seen[pid].session for pid in ours} - {0}
+            if session in launches.values() or _is_theirs(session, ours)
         }
+        apart = {pid for pid in seen if carried[pid] and pid not in ours}
+        found |= ours | {pid for pid, each in seen.items() if each.session in sessions}
     else:
         apart = set()
     found -= apart
@@ -74,12 +80,19 @@ def carriers() -> "Dict[str, Set[int]]":
     return found
 
 
-def _orphaned(sessions: "Set[int]") -> "Set[int]":
-    """Those whose leader has ended."""
-    return {session for session in sessions if not runs(session)}
+def _is_theirs(session: int, ours: "Set[int]") -> bool:
+    """Whether one of them has begun the session that some of them are in; where its leader has ended: whether nobody in it is older.
+
+    A session's number stays its own as long as anybody is in it.
+    """
+    if runs(session):
+        return session in ours
+    there = {pid: fields for pid, fields in ((pid, stat_of(pid)) for pid in pids()) if fields and int(fields[3]) == session}
+    oldest = min((int(fields[19]) for fields in there.values()), default=0)
+    return any(pid in ours and int(fields[19]) == oldest for pid, fields in there.items())
 
 
-def end_tree(roots: "Sequence[int]", grace: float, launches: "Collection[str]" = ()) -> None:
+def end_tree(roots: "Sequence[int]", grace: float, launches: "Optional[Mapping[str, int]]" = None) -> None:
     """SIGTERM to *roots* in their order, their sessions and all of `tree`; SIGKILL to who is left after *grace* seconds.
 
     Each is held by a descriptor before it is signalled, so that a number that was given away meanwhile is not. Returns when nobody is

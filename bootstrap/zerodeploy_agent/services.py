@@ -14,7 +14,7 @@ from .statefile import MALFORMED, RUNNING, SERVER, STALE, STARTING, StateError, 
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence, Tuple
+    from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 #: directories that belong to the system, whatever is asked for
 SYSTEM = ("/", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/boot", "/sys", "/proc", "/run", "/var", "/opt", "/dev", "/home", "/root",
@@ -72,7 +72,7 @@ def _check_pid(found: Instance) -> None:
         pass
 
 
-def end(roots: "Sequence[int]", grace: float, launches: "Collection[str]" = ()) -> None:
+def end(roots: "Sequence[int]", grace: float, launches: "Optional[Mapping[str, int]]" = None) -> None:
     """`processtree.end_tree`. Raises `ServiceFault`."""
     from .processtree import TreeError, end_tree
 
