@@ -86,6 +86,10 @@ def remote(sshd):
         one.end()
 
 
+#: of `start_children`, the one that has neither mark nor parent when worker and keeper are gone: nobody finds it then
+SCRUBBED = 2
+
+
 def start_children():
     import os
     import subprocess
@@ -236,7 +240,7 @@ def hog_the_interpreter():
 def test_keeper_killed_and_the_worker_can_not_take_over(sshd, worker_too):
     with DeployedServer(ssh_link(sshd)) as server:
         traces = Traces(server)
-        server.call(start_children)
+        pids = server.call(start_children)
         thread = threading.Thread(target=lambda: pytest.raises(zerodeploy.LinkLost, server.call, hog_the_interpreter))
         thread.start()
         wait_until(lambda: heirs_of(traces), 5, "the keeper's heir is there")
@@ -246,6 +250,7 @@ def test_keeper_killed_and_the_worker_can_not_take_over(sshd, worker_too):
         kill(traces.keeper)
         traces.assert_gone(1 + SLACK_S)
         thread.join(10)
+    kill(pids[SCRUBBED])
 
 
 def heirs_of(traces: Traces) -> list[int]:
@@ -360,7 +365,7 @@ def test_client_killed_in_mid_deploy(sshd, room):
 
 def test_both_killed_is_swept_by_the_next_deployment(deploy):
     server = deploy()
-    server.call(start_children)
+    pids = server.call(start_children)
     traces = Traces(server)
     wait_until(lambda: heirs_of(traces), 5, "the keeper's heir is there")
     os.kill(traces.keeper, signal.SIGSTOP)  # so that it can't clean up after the worker
@@ -371,6 +376,7 @@ def test_both_killed_is_swept_by_the_next_deployment(deploy):
     assert os.path.isdir(traces.private_dir)
     deploy().call("os:getpid")
     traces.assert_gone(3 + SLACK_S)
+    kill(pids[SCRUBBED])
 
 
 def test_a_live_session_is_not_swept(deploy):

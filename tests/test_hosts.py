@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import zerodeploy
-from tests.conftest import PYTHONS, Traces, can_or_skip, processes_of, python_or_skip, ssh_link
+from tests.conftest import PYTHONS, Traces, can_or_skip, kill, processes_of, python_or_skip, ssh_link
 from zerodeploy import CommandLink, DeployedServer
 from zerodeploy.link.openssh import OpenSSHLink
 from zerodeploy.testing import DelayProxy, SshServer, free_port
@@ -201,9 +201,10 @@ def test_a_login_script_that_eats_stdin_is_told():
 
 
 def test_a_login_script_that_never_ends_is_told():
-    with SshServer() as sshd, home_file(sshd, ".bashrc", "sleep 600\n"):
+    with SshServer() as sshd, home_file(sshd, ".bashrc", "echo $$ > ~/pid; exec sleep 600\n"):
         with pytest.raises(zerodeploy.AgentDidNotStart, match="logged in, but"):
             DeployedServer(ssh_link(sshd), connect_timeout=2)
+        kill(int((sshd.home / "pid").read_text()))
 
 
 def test_a_login_script_that_ends_the_shell_is_told():
