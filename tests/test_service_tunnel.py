@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -25,11 +26,18 @@ from zerodeploy.services import run, tunnels
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # where control sockets go
+def room(monkeypatch):
+    """Where control sockets go: a name that is short enough for one."""
+    with tempfile.TemporaryDirectory(prefix="room-", dir="/tmp") as made:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", made)
+        yield Path(made)
+
+
+@pytest.fixture
+def place(tmp_path, room, monkeypatch):
     with a_place(tmp_path, monkeypatch) as made:
         yield made
-    assert not list(tmp_path.glob("zd-*")), "no socket is left"
+    assert not list(room.glob("zd-*")), "no socket is left"
 
 
 def get(port: int, host: str = "localhost") -> int | None:
@@ -267,6 +275,31 @@ def test_a_tunnel_that_nobody_keeps_is_replaced(place):
         for ssh in sshs:
             os.kill(ssh, signal.SIGCONT)
         wait_until(lambda: not any(alive(ssh) for ssh in sshs), 10, "its ssh ends by itself")
+
+
+def test_what_a_killed_ssh_has_left_is_swept(place, room):
+    """Nobody could remove it: ssh and its client were killed at the same moment. What may be in use, or is not ours, stays."""
+    with an_sshd(place) as server:
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=True)
+        run(config)
+        keeper = keeper_of()
+        pids = [keeper, *sshs_of(keeper)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                os.kill(pid, number)
+        [dead] = room.glob("zd-*")
+        in_use, just_made, other = room / f"zd-{'0' * 24}", room / f"zd-{'1' * 24}", room / "zd-0123"
+        other.touch()
+        with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as bound:
+            listening.bind(str(in_use))
+            listening.listen()
+            bound.bind(str(just_made))
+            for path in (dead, in_use, other):
+                os.utime(path, (time.time() - 100,) * 2)
+            run(config)
+        assert not dead.exists()
+        for path in (in_use, just_made, other):
+            path.unlink()
 
 
 def test_twenty_at_once_get_one_tunnel(place):

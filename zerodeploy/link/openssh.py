@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import ipaddress
 import math
 import os
 import re
 import secrets
 import socket
+import stat
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
@@ -19,9 +23,11 @@ from zerodeploy.link.base import Link, Proxy, Running, login_shell_line
 from zerodeploy.link.failures import classify
 from zerodeploy.link.sshmux import MuxClient
 
-__all__ = ["OpenSSHLink", "SshTarget", "parse_target"]
+__all__ = ["OpenSSHLink", "SshTarget", "parse_target", "sweep"]
 
 _PORT_TRIES = 8
+_CONTROL_NAME = re.compile(r"zd-[0-9a-f]{24}(\.\w+)?")  # ssh makes it with a suffix
+_DEAD_S = 60.0
 _SETTINGS_LIMIT_S = 5.0
 
 
@@ -268,6 +274,23 @@ def _unlink(path: str) -> None:
         os.unlink(path)
     except OSError:
         pass
+
+
+def sweep() -> None:
+    """Remove control sockets that nobody listens at: their ssh was killed together with its client, a minute ago or more."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(os.path.dirname(_control_path())):
+            with contextlib.suppress(FileNotFoundError):
+                if _CONTROL_NAME.fullmatch(entry.name) and _is_dead(entry.path, entry.stat(follow_symlinks=False)):
+                    _unlink(entry.path)
+
+
+def _is_dead(path: str, found: os.stat_result) -> bool:
+    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid() or time.time() - found.st_mtime < _DEAD_S:
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) == errno.ECONNREFUSED
 
 
 def _control_path() -> str:

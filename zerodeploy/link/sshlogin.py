@@ -17,7 +17,7 @@ from typing import Any
 from zerodeploy.errors import ForwardingRefused, HostError, HostUnreachable, LinkLost, ZeroDeployError
 from zerodeploy.link.base import Link, Running, login_shell_line, quote
 from zerodeploy.link.failures import tail
-from zerodeploy.link.openssh import OpenSSHLink, SshRunning
+from zerodeploy.link.openssh import OpenSSHLink, SshRunning, sweep
 
 __all__ = ["SshLogin"]
 
@@ -60,6 +60,7 @@ class SshLogin:
         self._buffer = self._stderr = b""
         script = _HOLD.format(program=program, mark=self._mark)
         alive = ["-o", f"ServerAliveInterval={keepalive_s}", "-o", "ServerAliveCountMax=3"]
+        sweep()
         began = time.monotonic()
         running = link.with_options(alive).start(script, connect_timeout_s=connect_timeout_s)
         assert isinstance(running, SshRunning)
