@@ -992,7 +992,17 @@ def test_the_installed_command_is_the_same(place):
     assert (done.returncode, done.stdout, done.stderr) == (6, b"", b"")
 
 
-def test_no_command_waits_for_what_only_jobs_need():
-    code = "import sys, zerodeploy.cli.commands\nprint(sorted({'asyncio', 'ssl', 'grpclib', 'google.protobuf', 'cryptography'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-    assert done.stdout == "[]\n"
+ALL_COMMANDS = """\
+import sys
+from zerodeploy.cli.commands import cli
+before = [name for name in sys.modules if name.startswith("zerodeploy.cli.")]
+names = cli.list_commands(None)
+assert [cli.get_command(None, name).name for name in names] == names and cli.get_command(None, "main") is None
+print(sorted(before))
+print(sorted({'asyncio', 'ssl', 'grpclib', 'google.protobuf', 'cryptography'} & set(sys.modules)))
+"""
+
+
+def test_no_command_waits_for_what_only_others_need():
+    done = subprocess.run([sys.executable, "-c", ALL_COMMANDS], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("['zerodeploy.cli.commands', 'zerodeploy.cli.common']\n[]\n", "")
