@@ -205,11 +205,19 @@ def test_progress_on_a_terminal(place):
     assert text.rstrip("\r\n").endswith(("\x1b[2K", "\x1b[?25h")), "the line is taken away again"
 
 
-def test_stop_several(place, service):
+def test_stop_and_rm_several(place, service):
     for key in ("a", "b"):
         path = place.root / f"{key}.yaml"
         path.write_text(json.dumps(place.config(key=key)))
         good(service("up", str(path)))
     pids = [States(SERVER).read(key)["pid"] for key in ("a", "b")]  # type: ignore[index]
-    assert good(service("stop", "--host", "local", "a", "b", "c")) == "a: stopped\nb: stopped\nc: missing state\n"
+    (place.base / "server" / "bad.json").write_text("{")
+    done = service("stop", "--host", "local", "a", "bad", "b", "c")
+    assert (done.returncode, done.stdout) == (1, "a: stopped\nb: stopped\nc: missing state\n"), (
+        "the others are stopped all the same"
+    )
+    assert done.stderr.count("\n") == 1 and "bad.json holds no JSON" in done.stderr
     wait_until(lambda: not any(alive(pid) for pid in pids), 5, "both have ended")
+    done = service("rm", "--host", "local", "a/b", "bad", "a", "c", "--json")
+    rows = {row["key"]: len(row["removed"]) for row in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 1 and rows == {"bad": 1, "a": 2, "c": 0} and "'a/b'" in json.loads(done.stderr)["message"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zerodeploy.cli.common import EXIT, Context, HostCommand, errors_told, options_of, say_json, ssh_words, write_all
+from zerodeploy.cli.common import EXIT, Context, HostCommand, errors_told, options_of, say_json, ssh_words, tell_error, write_all
 from zerodeploy.errors import ServiceError, UsageError, ZeroDeployError
 
 if TYPE_CHECKING:
@@ -236,6 +236,19 @@ def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     click.echo("\n".join(aligned(shown)))
 
 
+def _each(settings: Context, keys: list[str], do: Callable[[str], None]) -> None:
+    """For every key, also behind one that can't be: what is wrong with that is told, and the status is 1 in the end."""
+    wrong = False
+    for key in keys:
+        try:
+            do(key)
+        except ServiceError as error:
+            tell_error(settings, error)
+            wrong = True
+    if wrong:
+        sys.exit(EXIT["refused"])
+
+
 _KEY = click.argument("words", nargs=-1, required=True, metavar="[HOST] KEY")
 
 
@@ -248,10 +261,13 @@ def stop(settings: Context, /, words: tuple[str, ...], **options: Any) -> None:
     """End a service and all that it has started: SIGTERM, 10 s, SIGKILL. Its state and log stay."""
     with errors_told(settings):
         host, keys = _host_and(words, options, "KEY")
+
+        def stop_one(key: str) -> None:
+            said = executor.ask("stop", key=key)
+            _tell(settings, {"key": key, "result": said}, f"{key}: {said}")
+
         with _executor(settings, host, options) as executor:
-            for key in keys:
-                said = executor.ask("stop", key=key)
-                _tell(settings, {"key": key, "result": said}, f"{key}: {said}")
+            _each(settings, keys, stop_one)
 
 
 @service.command(cls=HostCommand)
@@ -263,28 +279,34 @@ def stop(settings: Context, /, words: tuple[str, ...], **options: Any) -> None:
 @click.pass_obj
 def rm(settings: Context, /, words: tuple[str, ...], client: bool, server: bool, **options: Any) -> None:
     """Remove state files: of the host, of this side, or both. Logs stay, and so does what runs: stop it first."""
-    from zerodeploy_agent.statefile import CLIENT, States
-
     with errors_told(settings):
         host, keys = _host_and(words, options, "KEY")
-        removed: dict[str, list[str]] = {key: [] for key in keys}
-        if client or not server:
-            from zerodeploy.services import tunnels
+        both = client == server
+        with _executor(settings, host, options) if server or both else contextlib.nullcontext() as executor:
 
-            states = States(CLIENT)
-            for key in keys:
-                path = states.path(key)
-                if tunnels.close(key, states) or states.discard(key):
-                    removed[key].append(path)
-        if server or not client:
-            with _executor(settings, host, options) as executor:
-                for key in keys:
-                    done = executor.ask("remove", key=key)
-                    removed[key] += [done["path"]] if done["path"] else []
-                    if done["warning"]:
-                        click.echo(f"zerodeploy: {done['warning']}", err=True)
-        for key, paths in removed.items():
-            _tell(settings, {"key": key, "removed": paths}, "\n".join(f"removed {path}" for path in paths) or f"{key}: not found")
+            def remove_one(key: str) -> None:
+                done = executor.ask("remove", key=key) if executor is not None else {"path": None, "warning": ""}
+                paths = [*(_disconnected(key) if client or both else []), *([done["path"]] if done["path"] else [])]
+                if done["warning"]:
+                    click.echo(f"zerodeploy: {done['warning']}", err=True)
+                _tell(
+                    settings, {"key": key, "removed": paths}, "\n".join(f"removed {path}" for path in paths) or f"{key}: not found"
+                )
+
+            _each(settings, keys, remove_one)
+
+
+def _disconnected(key: str) -> list[str]:
+    """The path of its connection file, which was removed, and of its tunnel nothing is left; none where there was none."""
+    from zerodeploy_agent.statefile import CLIENT, StateError, States
+
+    from zerodeploy.services import tunnels
+
+    states = States(CLIENT)
+    try:
+        return [states.path(key)] if tunnels.close(key, states) or states.discard(key) else []
+    except StateError as error:
+        raise ServiceError(str(error)) from None
 
 
 @service.command(cls=HostCommand)
