@@ -152,7 +152,12 @@ class ServiceError(ZeroDeployError):
 
 
 class GuardRefused(ServiceError):
-    """A command that ``rhl-guard`` does not let through. The text says why, and nothing that a file holds."""
+    """A command that ``rhl-guard`` does not let through. The text says why, and nothing that a file holds.
+
+    ``usage``: the helper would not have taken its arguments.
+    """
+
+    usage: bool = False
 
 
 class ConfigError(ServiceError):

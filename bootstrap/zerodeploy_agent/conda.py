@@ -49,7 +49,10 @@ def cache_path(base: "Optional[str]" = None) -> str:
 def cached(base: "Optional[str]" = None) -> "Optional[Dict[str, Any]]":
     """What `refresh` has found, or None. Raises `StateError` for a file that holds something else."""
     path = cache_path(base)
-    setup = read_object(path)
+    try:
+        setup = read_object(path)
+    except StateError:
+        setup = {}
     if setup is not None and not (isinstance(setup.get("conda_base"), str) and isinstance(setup.get("envs"), list)):
         raise StateError("%s is no conda set-up; rhl-cache-conda writes a new one" % path)
     return setup
@@ -188,8 +191,9 @@ def missing(wanted: str, target: str, setup: "Mapping[str, Any]") -> str:
 def prefix_or_refresh(wanted: str, target: str, base: "Optional[str]" = None) -> "Dict[str, Any]":
     """The set-up with *wanted* in it: from the cache, refreshed once where it lacks it. Raises `CondaError`, `StateError`.
 
-    Returns: the set-up, and ``prefix``.
+    Returns: the set-up, ``prefix``, and ``refreshed``: whether conda was asked. ``~/`` in front is the home directory.
     """
+    wanted = os.path.expanduser(wanted) if wanted.startswith("~/") else wanted
     try:
         setup = cached(base)
     except StateError:  # it is written anew
@@ -199,11 +203,11 @@ def prefix_or_refresh(wanted: str, target: str, base: "Optional[str]" = None) ->
         setup = refresh(base)
     prefix = prefix_of(setup, wanted)
     if not fresh and (prefix is None or not os.path.isdir(prefix)):
-        setup = refresh(base)
+        setup, fresh = refresh(base), True
         prefix = prefix_of(setup, wanted)
     if prefix is None or not os.path.isdir(prefix):
         raise CondaError(missing(wanted, target, setup))
-    return dict(setup, prefix=prefix)
+    return dict(setup, prefix=prefix, refreshed=fresh)
 
 
 def activated(setup: "Mapping[str, Any]", words: "Sequence[str]") -> "List[str]":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any, Dict, Mapping, Sequence
 
 #: of a deployment, to be forgotten by what outlives it
-_OURS = (MARK, "SHIV_ROOT", "PEX_ROOT")
+_OURS = (MARK, "ZERODEPLOY_DIR", "SHIV_ROOT", "PEX_ROOT")
 _BOOT = """import os,sys,json
 given=json.loads(sys.stdin.buffer.read())
 if os.fork(): os._exit(0)

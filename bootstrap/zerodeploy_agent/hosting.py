@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 READY = "ready"
 _TAIL_LINES = 30
 _TAIL_BYTES = 8192
+_MOST_BYTES = 1 << 20
 _PROBE_S = 5.0
 _CRASHES = 3  # in a row, of a service that has a restart policy: its launcher waits no longer
 
@@ -95,7 +96,7 @@ def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optio
             return "", state, "its state file is gone"
         return FAILED, state, "its state file was removed, and it has ended"
     if state.get("status") == FAILED and not service.will_restart:
-        said = str(state.get("reason") or state.get("error") or "it says that it has failed")
+        said = failure_of(state)
         return FAILED, state, said + ("; its process %d lives on, and has to be stopped first" % service.pid if service.pid else "")
     if not service.pid:
         heir = service.heir()
@@ -103,13 +104,44 @@ def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optio
             return _ended(service, state)
         if state.get("status") == STARTING:
             return "", state, "its first process has ended, another of it (pid %d) goes on" % heir
-    if state.get("status") == STARTING and "restart_at" in state and int(state.get("restarts") or 0) >= _CRASHES:
-        return FAILED, state, ("it has ended %s times before it was running, at last with %s; it is tried again until somebody stops it, or "
-                               "its restarts are used up" % (state["restarts"], state.get("ended")))  # fmt: skip
+    crashes = crashes_of(state)
+    if crashes:
+        return FAILED, state, crashes
     if state.get("status") != RUNNING:
         return "", state, _waiting(state.get("status"))
     said = probe(service, state, handshake)
     return ("" if said else READY), state, said
+
+
+def failure_of(state: "Mapping[str, Any]") -> str:
+    """Why a service that says that it has failed did."""
+    return str(state.get("reason") or state.get("error") or "it says that it has failed")
+
+
+def crashes_of(state: "Mapping[str, Any]") -> str:
+    """What is wrong with a service that is to be started again, and has crashed so often that nobody waits for it; else empty."""
+    restarts = state.get("restarts")
+    if state.get("status") != STARTING or "restart_at" not in state or not isinstance(restarts, int) or restarts < _CRASHES:
+        return ""
+    return ("it has ended %d times before it was running, at last with %s; it is tried again until somebody stops it, or its restarts "
+            "are used up" % (restarts, state.get("ended")))  # fmt: skip
+
+
+def tools(base: "Optional[str]" = None) -> "Optional[bytes]":
+    """The list of services that may be launched here: of ``RHL_TOOLS_YAML``, else ``tools.yaml`` beside the state files; None without.
+
+    Raises `ServiceFault` for one that can't be read.
+    """
+    named = os.environ.get("RHL_TOOLS_YAML")
+    try:
+        with open(named or os.path.join(base or statefile.base_dir(), "tools.yaml"), "rb") as file:
+            return file.read(_MOST_BYTES)
+    except FileNotFoundError:
+        if named:
+            raise ServiceFault("the file that RHL_TOOLS_YAML names is not there") from None
+        return None
+    except OSError as error:
+        raise ServiceFault("the whitelist of services can't be read: %s" % error.strerror) from None
 
 
 def _ended(service: Instance, state: "Dict[str, Any]") -> "Any":
@@ -303,5 +335,5 @@ def _kills(roots: str) -> bool:
 
 ACTIONS: "Dict[str, Callable[..., Any]]" = {
     "look": look, "launch": launch, "await_ready": await_ready, "bound": bound, "rows": rows, "log_piece": log_piece, "stop": services.stop,
-    "remove": services.remove, "conda": conda.prefix_or_refresh, "clear": services.clear, "persistent": services.persistent,
+    "remove": services.remove, "conda": conda.prefix_or_refresh, "clear": services.clear, "persistent": services.persistent, "tools": tools,
 }  # fmt: skip

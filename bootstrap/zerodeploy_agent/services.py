@@ -289,12 +289,12 @@ def open_directory(path: str, create: bool = False) -> int:
         raise
 
 
-def resolved_directory(path: str, exact: bool) -> str:
+def resolved_directory(path: str, exact: bool, system: "Sequence[str]" = SYSTEM) -> str:
     """`check_directory`, where ``~/`` is the home directory. *exact*: rhl-guard has looked at *path* before and allows nothing
     hidden, so it must not lead elsewhere by now."""
     if not exact:
         return check_directory(os.path.expanduser(path), hidden=True)
-    resolved = check_directory(path)
+    resolved = check_directory(path, system=system)
     if resolved != os.path.normpath(path):
         raise ServiceFault("the path leads elsewhere now: %.200s" % path)
     return resolved
@@ -349,7 +349,7 @@ def persistent(path: str, marker: "Optional[str]" = None, exact: bool = False, l
         ServiceFault: no absolute path, or no name of a file.
     """
     if exact:
-        resolved = resolved_directory(path, exact)
+        resolved = resolved_directory(path, exact, ())  # looked at, not changed: what the guard lets through
     elif os.path.isabs(os.path.expanduser(path)):
         resolved = os.path.realpath(os.path.expanduser(path))
     else:

@@ -188,11 +188,13 @@ class States:
                 pass
 
     def names(self) -> "List[str]":
-        """The keys that there is a file of, sorted."""
+        """The keys that there is a file of, sorted. Raises `StateError` for a directory that can't be read."""
         try:
             names = os.listdir(self.folder)
-        except OSError:
+        except FileNotFoundError:
             return []
+        except OSError as error:
+            raise StateError("the directory of state files %s can't be read: %s" % (self.folder, error.strerror)) from None
         return sorted(name[:-5] for name in names if name.endswith(".json") and not name.startswith("."))
 
     def all(self) -> "Iterator[Tuple[str, Dict[str, Any], str]]":

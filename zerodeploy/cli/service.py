@@ -80,7 +80,7 @@ def _executor(settings: Context, host: str | None, options: dict[str, Any]) -> I
 
 
 def _host_and(words: tuple[str, ...], options: dict[str, Any], what: str) -> tuple[str | None, list[str]]:
-    """HOST and the rest: one word is no host; of two the first is, unless the connections of this side say otherwise."""
+    """HOST and the rest: one word is no host; of two the first is, unless the second is known to be where such a key is."""
     if options["host_option"]:
         return options["host_option"], list(words)
     if len(words) == 1:
@@ -88,14 +88,22 @@ def _host_and(words: tuple[str, ...], options: dict[str, Any], what: str) -> tup
     if len(words) > 2:
         raise UsageError(f"HOST {what}, or several with --host HOST (--host local is this machine)")
     first, second = words
-    known = _known_keys()
-    return (second, [first]) if first in known and second not in known else (first, [second])
+    return (second, [first]) if second in _hosts_of(first) else (first, [second])
 
 
-def _known_keys() -> set[str]:
-    from zerodeploy_agent.statefile import CLIENT, SERVER, States
+def _hosts_of(key: str) -> set[str]:
+    """Where a service of that key is known to be: behind a connection of this side, or here."""
+    from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
 
-    return {*States(CLIENT).names(), *States(SERVER).names()}
+    hosts = {"local"}
+    try:
+        state = States(CLIENT).read(key)
+        if state is None and not States(SERVER).knows(key):
+            return set()
+        hosts |= {str((state or {}).get(name)) for name in ("ssh_hostname", "tunneled-host", "hostname")}
+    except StateError:
+        pass
+    return hosts
 
 
 @service.command(cls=HostCommand)
@@ -166,7 +174,7 @@ def ps(settings: Context, /, hosts: tuple[str, ...], client: bool, no_status: bo
 
     Status 255 where a host could not be asked; the others are shown all the same.
     """
-    with errors_told(settings):
+    with _told(settings):
         rows = _connections() if client else _services(settings, hosts, not no_status, options)
         if settings.json:
             for row in rows:
@@ -175,9 +183,21 @@ def ps(settings: Context, /, hosts: tuple[str, ...], client: bool, no_status: bo
             columns = ("key", "ssh_host", "host", "port") if client else ("host", "key", "status", "pid", "port")
             _table(columns if client or hosts or options["host_option"] else columns[1:], rows)
         for row in rows:
-            if row.get("error"):
+            if row.get("error") and row.get("status") in ("malformed", "unreachable"):
                 click.echo(f"zerodeploy: {row['error']}", err=True)
     sys.exit(EXIT["login or link"] if any(row.get("status") == "unreachable" for row in rows) else 0)
+
+
+@contextlib.contextmanager
+def _told(settings: Context) -> Iterator[None]:
+    """`errors_told`, for what looks at this side's files."""
+    from zerodeploy_agent.statefile import StateError
+
+    with errors_told(settings):
+        try:
+            yield
+        except StateError as error:
+            raise ServiceError(str(error)) from None
 
 
 def _connections() -> list[dict[str, Any]]:
@@ -395,7 +415,7 @@ def tunnel_ls(settings: Context, /, connection_dir: str | None) -> None:
     """List them, with the local ports."""
     from zerodeploy.services import tunnels
 
-    with errors_told(settings):
+    with _told(settings):
         rows = list(tunnels.listed(_connections_in(connection_dir)))
         if settings.json:
             for row in rows:

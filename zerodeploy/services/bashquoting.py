@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from zerodeploy.errors import TemplateError
 
-__all__ = ["SHELLS", "needs_bash", "quoted"]
+__all__ = ["SHELLS", "in_quotes", "needs_bash", "quoted"]
 
 #: programs that read their words again, as a shell does
 SHELLS = re.compile(r"(r?ba|da|a|z|k|mk|c|tc|fi)?sh|ssh")
@@ -24,6 +24,8 @@ _OF_SHELL = frozenset(
         "times", "trap", "type", "typeset", "ulimit", "umask", "unalias", "unset", "until", "wait", "while",
     )
 )  # fmt: skip
+#: variables whose values a shell reads once more
+_EXPANDED = re.compile(r"(PS[0-4]|ENV|BASH_ENV|PROMPT_COMMAND)(\[.*\])?\+?=")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*\+?=")
 #: places, innermost last: plain words, double and single quotes, $'…', `…`, $((…)), ${…}, a comment, and none that is known
 _PLAIN, _DOUBLE, _SINGLE, _ANSI, _TICKS, _NUMBERS, _BRACES, _COMMENT, _LOST = [
@@ -69,6 +71,16 @@ def quoted(text: str, inert: Mapping[str, str]) -> str:
     return _Reader(text, inert).run()
 
 
+def in_quotes(text: str, inert: Mapping[str, str]) -> bool:
+    """Whether *text* ends within double or single quotes."""
+    reader = _Reader(text, inert)
+    try:
+        reader.run()
+    except TemplateError:
+        return False
+    return reader.place in (_DOUBLE, _SINGLE)
+
+
 class _Reader:
     """One reading of a text."""
 
@@ -89,6 +101,10 @@ class _Reader:
             else:
                 getattr(self, "_in_" + self._places[-1])(char)
         return self._out
+
+    @property
+    def place(self) -> str:
+        return self._places[-1]
 
     def _ahead(self, what: str) -> bool:
         return self._text.startswith(what, self._at)
@@ -125,6 +141,8 @@ class _Reader:
             raise self._refuse(char, _OPEN[place])
         if self._rereads[-1]:
             raise self._refuse(char, f"the words of {self._rereads[-1]}")
+        if expanded := _EXPANDED.match(self._word):
+            raise self._refuse(char, f"the value of {expanded[1]}, which is read by a shell once more")
         if place == _DOUBLE:
             self._out += "\\" + char if char and char in '"$`\\' else char
         elif place == _SINGLE:

@@ -3,7 +3,8 @@
 A field's value never ends a word, opens a quote or starts a command, whatever characters it holds, unless the template itself
 splits it: ``{" ".join(args)}`` gives as many words as there are. That is found out by evaluating twice, the second time with
 characters in place of spaces, quotes and the shell's own that mean nothing to anybody; a field that gives something else then
-counts as one value, as does one that is no text at all. ``{name!r}`` is the value as well: its quotes would be for the shell.
+counts as one value, as does one that is no text at all. ``{name!r}`` is the value as well, as its quotes would be for the shell;
+within quotes they are for whoever reads these: ``python3 -c "print({name!r})"``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from zerodeploy_agent.launching import BASH, shown
 
 from zerodeploy.errors import TemplateError
-from zerodeploy.services.bashquoting import SHELLS, needs_bash, quoted
+from zerodeploy.services.bashquoting import SHELLS, in_quotes, needs_bash, quoted
 from zerodeploy.services.templates import Part, parts
 
 __all__ = ["shown_plainly", "words"]
@@ -48,9 +49,19 @@ def words(template: str, names: Mapping[str, Any], *, extra: Mapping[str, Any], 
         raise TemplateError("command: it holds a NUL character, or half of a surrogate pair, which is no character")
     if shell is None:
         shell = needs_bash("".join("x" if piece.field else piece.text for piece in pieces))
-    if shell:
-        return [*BASH, quoted(_masked(template, names, extra, pieces, _BASH_MASKS), _UNMASKS)]
-    text = _masked(template, names, extra, pieces, _MASKS)
+    make = _bash_words if shell else _plain_words
+    masked = _Masked(template, names, extra, pieces, _BASH_MASKS if shell else _MASKS)
+    try:
+        return make(masked.text(reprs=True))
+    except TemplateError:
+        return make(masked.text(reprs=False))  # the quotes of a {name!r} were for a shell that the template starts itself
+
+
+def _bash_words(text: str) -> list[str]:
+    return [*BASH, quoted(text, _UNMASKS)]
+
+
+def _plain_words(text: str) -> list[str]:
     try:
         found = shlex.split(text)
     except ValueError as error:
@@ -80,15 +91,48 @@ def shown_plainly(found: list[str]) -> str:
     return re.sub(r"'(~/[\w./@%+=:,-]*)'", r"\1", shown(found))
 
 
-def _masked(template: str, names: Mapping[str, Any], extra: Mapping[str, Any], pieces: list[Part], masks: dict[str, str]) -> str:
-    table = {ord(char): masked for char, masked in masks.items()}
-    try:
-        others = parts(template, _mask(dict(names), table), name="command", extra=_mask(dict(extra), table))
-    except TemplateError:
-        others = []
-    if len(others) != len(pieces):
-        others = [Part("", True)] * len(pieces)
-    return "".join(_one(piece, other, table) for piece, other in zip(pieces, others, strict=True))
+class _Masked:
+    """The evaluated template, with what means something in values masked."""
+
+    def __init__(
+        self, template: str, names: Mapping[str, Any], extra: Mapping[str, Any], pieces: list[Part], masks: dict[str, str]
+    ) -> None:
+        self._table = {ord(char): masked for char, masked in masks.items()}
+        self._pieces, self._bash = pieces, masks is _BASH_MASKS
+        try:
+            self._others = parts(template, _mask(dict(names), self._table), name="command", extra=_mask(dict(extra), self._table))
+        except TemplateError:
+            self._others = []
+        if len(self._others) != len(pieces):
+            self._others = [Part("", True)] * len(pieces)
+
+    def text(self, *, reprs: bool) -> str:
+        """*reprs*: within quotes ``{name!r}`` keeps its own."""
+        text = ""
+        for piece, other in zip(self._pieces, self._others, strict=True):
+            if reprs and _is_repr(piece) and (in_quotes(text, _UNMASKS) if self._bash else _in_quotes(text)):
+                text += piece.text.translate(self._table)
+            else:
+                text += _one(piece, other, self._table)
+        return text
+
+
+def _is_repr(piece: Part) -> bool:
+    return piece.field and isinstance(piece.value, str) and piece.text == repr(piece.value)
+
+
+def _in_quotes(text: str) -> bool:
+    """Whether *text* ends within quotes, as `shlex.split` reads it."""
+    quote, at = "", 0
+    while at < len(text):
+        if text[at] == "\\" and quote != "'":
+            at += 1
+        elif quote:
+            quote = "" if text[at] == quote else quote
+        elif text[at] in "\"'":
+            quote = text[at]
+        at += 1
+    return bool(quote)
 
 
 def _one(piece: Part, other: Part, table: dict[int, str]) -> str:
@@ -96,7 +140,7 @@ def _one(piece: Part, other: Part, table: dict[int, str]) -> str:
         return piece.text.translate(_KEPT)
     if not isinstance(piece.value, str):
         return piece.text.translate(table)
-    if piece.text == repr(piece.value):  # {name!r}
+    if _is_repr(piece):
         return piece.value.translate(table) or _EMPTY
     if not piece.text:
         return _EMPTY if piece.direct else ""

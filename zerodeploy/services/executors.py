@@ -7,14 +7,13 @@ never "there is no state".
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from zerodeploy_agent import conda, hosting, services
+from zerodeploy_agent import conda, hosting, services, statefile
 
 from zerodeploy.control.parts import install
 from zerodeploy.errors import BootstrapError, RemoteCallError, ServiceError, ZeroDeployError
@@ -28,11 +27,23 @@ __all__ = ["AgentExecutor", "Executor", "HelperExecutor", "LocalExecutor", "exec
 _DROPPED_TRIES = 6
 _PATH = "PATH=$HOME/miniforge3/bin:$HOME/miniconda3/bin:$PATH "
 _POLL_S = 0.25
+_OVERLAP_BYTES = 4096
 #: how the helpers name what the agent does
 _HELPER_NAMES = {
-    "look": "rhl-inspect", "launch": "rhl-launch-service", "await_ready": "rhl-inspect", "bound": "rhl-inspect", "rows": "rhl-ps", "log_piece": "rhl-logs",
-    "stop": "rhl-stop", "remove": "rhl-rm", "conda": "rhl-conda-info", "clear": "rhl-clear", "persistent": "rhl-ps-persistent",
-}  # fmt: skip
+    "look": "rhl-inspect",
+    "launch": "rhl-launch-service",
+    "await_ready": "rhl-inspect",
+    "bound": "rhl-inspect",
+    "rows": "rhl-ps",
+    "log_piece": "rhl-logs",
+    "stop": "rhl-stop",
+    "remove": "rhl-rm",
+    "conda": "rhl-conda-info",
+    "clear": "rhl-clear",
+    "persistent": "rhl-ps-persistent",
+}
+#: of a row of ``rhl-ps``, what the state file does not have
+_OF_ROWS = ("key", "live", "json_status", "watched", "error")  # fmt: skip
 
 
 class Executor(ABC):
@@ -58,7 +69,9 @@ class Executor(ABC):
         self.close()
 
     def _say(self, action: str, options: dict[str, Any], done: bool = False) -> None:
-        words = [_HELPER_NAMES[action], *(str(options[name]) for name in ("key", "path", "wanted") if name in options)]
+        if action not in _HELPER_NAMES:
+            return
+        words = [_HELPER_NAMES[action], *(str(options[name]) for name in ("key", "path") if name in options)]
         if action == "launch":
             words = launch_words(options)
         if action == "await_ready" and not done:
@@ -76,6 +89,12 @@ class _EngineExecutor(Executor):
             answer = self._asked(action, options)
         finally:
             self._say(action, options, done=True)
+        if action == "conda" and (
+            answer.get("value", {}).get("refreshed") or "rhl-cache-conda has already" in answer.get("fault", "")
+        ):
+            self.observer.detail(f"{self.name} conda environment {options['wanted']!r} was missing from the cache")
+            self.observer.command(self.name, ["rhl-cache-conda"])
+            self.observer.command(self.name, ["rhl-cache-conda"], done=True)
         if "fault" in answer:
             raise ServiceError(answer["fault"], host=self.host)
         return answer["value"]
@@ -126,6 +145,7 @@ class HelperExecutor(Executor):
         super().__init__(observer)
         self.host, self.name, self._login = host, f"SSHExecutor[{host}]", login
         self._keep_login = keep_login
+        self._shown: dict[str, bytes] = {}  # the end of each log, as far as it was shown
 
     def _status_file(self, key: str) -> str:
         base = self._login.base if self._login.base.startswith("/") else "~/.remote-http-launcher"
@@ -177,7 +197,7 @@ class HelperExecutor(Executor):
         row = self._row(key)
         if wrong and not row.get("live"):
             raise ServiceError(wrong, host=self.host)
-        found.update(state={**row, **(state or {})}, status=row.get("status") or "malformed", watched=row.get("watched"))
+        found.update(state={**_dropped(row), **(state or {})}, status=row.get("status") or "malformed", watched=row.get("watched"))
         if found["status"] == "running":
             found["said"] = self._probe(found["state"], handshake)
         return found
@@ -219,15 +239,19 @@ class HelperExecutor(Executor):
         while True:
             seen, wrong = self._state(key)
             row = self._row(key) if seen is not None or wrong else {"status": "absent"}
-            status, state = row.get("status") or "malformed", {**row, **seen} if seen is not None else known
-            done, said = "", wrong or f"its status is {status!r}"
+            if seen is not None and seen.get("status") != row.get("json_status", seen.get("status")):
+                seen, wrong = self._state(key)  # it was written in between
+            status, state = row.get("status") or "malformed", {**_dropped(row), **seen} if seen is not None else known
+            pid = self._living(row, known)
+            done, said = "", wrong or ("its state file is gone" if status == "absent" else f"its status is {status!r}")
             if status == "running":
                 said = self._probe(state, handshake)
                 done = "" if said or state.get("status") != status else hosting.READY  # the file may be newer than what was read
-            elif status == "failed" or (status in ("absent", "malformed") and not row.get("live")):
-                done, said = "failed", wrong or str(state.get("reason") or said)
-                if row.get("live"):
-                    said += f"; its process {row.get('pid')} lives on, and has to be stopped first"
+            elif status == "failed" or (status in ("absent", "malformed") and not pid):
+                done, said = "failed", hosting.failure_of(state) if status == "failed" else said
+                said += f"; its process {pid} lives on, and has to be stopped first" if pid and status == "failed" else ""
+            elif crashes := hosting.crashes_of(state):
+                done, said = "failed", crashes
             elif status == "stale":
                 done = "failed" if state.get("status") == "starting" else "stale"
                 said = "it has ended before it was running" if done == "failed" else "it has ended"
@@ -235,7 +259,6 @@ class HelperExecutor(Executor):
                 log = ""
                 if done not in ("", hosting.READY):
                     log = self.run(["rhl-logs", key, "--tail", "30"], ok=(0, 1))[1]
-                pid = row.get("pid") if row.get("live") else 0
                 return {
                     "done": done,
                     "state": state,
@@ -246,11 +269,22 @@ class HelperExecutor(Executor):
                 }
             time.sleep(_POLL_S)
 
+    def _living(self, row: dict[str, Any], known: dict[str, Any]) -> int:
+        """Its pid, if it lives; of one without a file the pid that its launch has told."""
+        if row.get("live"):
+            return statefile.pid_of(row)
+        pid = statefile.pid_of(known)
+        lost = row.get("status") in (None, "absent", "malformed")
+        return pid if lost and pid and self.run(["rhl-pid-alive", str(pid)], ok=(0, 1))[0] == 0 else 0
+
+    def _tools(self) -> None:
+        """It is the helper that looks at the list."""
+
     def _bound(self, key: str) -> dict[str, Any]:
         seen, wrong = self._state(key)
         if seen is None:
             return {"status": "malformed" if wrong else "absent", "ports": {}}
-        state = {**(row := self._row(key)), **seen}
+        state = {**_dropped(row := self._row(key)), **seen}
         ports = hosting.ports_of(state)
         address = ""
         for each in hosting.addresses(str(state.get("network_interface") or "")):
@@ -263,13 +297,18 @@ class HelperExecutor(Executor):
     def _log_piece(
         self, key: str, tail: int | None = None, inode: int | None = None, offset: int = 0, most: int = 1 << 20
     ) -> dict[str, Any]:
-        """*inode* and *offset* are of the whole log as the helper prints it, from which nothing is put away mostly."""
+        """*offset* is of the whole log as the helper prints it, from whose beginning something may be put away meanwhile."""
         data = self.run(["rhl-logs", key])[1].encode("utf-8")
         if inode is None and tail is not None:
             shown = data.splitlines(keepends=True)[-tail:] if tail else []
             offset = len(data) - sum(map(len, shown))
-        data, whole = data[offset if offset <= len(data) else 0 :], len(data)
-        return {"data": data, "next": whole, "inode": 0}
+        elif inode is not None:
+            seen = self._shown.get(key, b"")
+            if data[max(0, offset - len(seen)) : offset] != seen:
+                found = data.rfind(seen)
+                offset = found + len(seen) if found >= 0 else 0
+        self._shown[key] = data[-_OVERLAP_BYTES:]
+        return {"data": data[offset:], "next": len(data), "inode": 0}
 
     def _stop(self, key: str) -> str:
         return self.run(["rhl-stop", key])[1].strip().removeprefix(f"{key}: ")
@@ -279,7 +318,7 @@ class HelperExecutor(Executor):
         out = out.strip()
         return {
             "path": out.removeprefix("removed ") if out.startswith("removed ") else None,
-            "warning": err.strip().removeprefix("rhl-rm: "),
+            "warning": "\n".join(line[8:] for line in err.splitlines() if line.startswith("rhl-rm: ")),
         }
 
     def _conda(self, wanted: str, target: str) -> dict[str, Any]:
@@ -287,7 +326,7 @@ class HelperExecutor(Executor):
         setup = _object(out) if status == 0 else None
         fresh = False
         while True:
-            if os.path.isabs(wanted) and setup is not None:
+            if "/" in wanted and setup is not None:
                 return {**setup, "prefix": wanted}  # only the host can tell whether it is there, and does when it launches
             if setup is not None and (prefix := conda.prefix_of({"envs": [], "conda_base": "", **setup}, wanted)):
                 return {**setup, "prefix": prefix}
@@ -318,6 +357,11 @@ def launch_words(options: dict[str, Any]) -> list[str]:
     if any(options.get(name) for name in ("env", "limits", "restart", "log")):
         words.append("--settings-stdin")
     return [*words, "--", *options["argv"]]
+
+
+def _dropped(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a row what a service may have dropped from its file."""
+    return {name: value for name, value in row.items() if name not in _OF_ROWS and value not in (None, {})}
 
 
 def _object(text: str) -> dict[str, Any] | None:

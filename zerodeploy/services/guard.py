@@ -86,7 +86,7 @@ def decide(command: str, policy: Policy, home: str) -> list[str]:
             "--permissive-paths; see Path policy in the documentation"
         )
     given = _parsed(name, arguments)
-    if name == "rhl-launch-service" and given is not None and given.conda_env and os.path.isabs(given.conda_env):
+    if name == "rhl-launch-service" and given is not None and given.conda_env and "/" in given.conda_env:
         raise GuardRefused("--conda-env takes a name here, not a path")
     if name in _PATHS and given is not None:
         named = getattr(given, _PATHS[name])
@@ -158,7 +158,9 @@ def _parsed(name: str, arguments: Sequence[str]) -> helpers.Given | None:
         if error.code == 0:
             return None
         last = said.getvalue().strip().splitlines()[-1:] or [f"{name}: bad arguments"]
-        raise GuardRefused(last[0]) from None
+        refusal = GuardRefused(last[0])
+        refusal.usage = True
+        raise refusal from None
 
 
 def _checked(path: str, policy: Policy, home: str, name: str) -> str:
@@ -239,7 +241,7 @@ def environment_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Decide about ``SSH_ORIGINAL_COMMAND``, and become the helper or say why not (exit status 1; 2 for usage)."""
+    """Decide about ``SSH_ORIGINAL_COMMAND``, and become the helper or say why not (exit status 1; 2 for usage, the guard's or the helper's)."""
     import pwd
 
     home = pwd.getpwuid(os.geteuid()).pw_dir if "HOME" not in os.environ else os.environ["HOME"]
@@ -261,7 +263,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         name, *arguments = decide(command, policy, home)
     except GuardRefused as refusal:
         print(f"rhl-guard: rejected: {refusal}", file=sys.stderr)
-        return 1
+        return 2 if refusal.usage else 1
     code = "import sys; from zerodeploy.services.helpers import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
     sys.stdout.flush()
     os.execve(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "allowed", "client_rows", "parse", "parser", "run"]
+__all__ = ["GUARDED", "HELPERS", "SEAMLESS", "allowed", "client_rows", "listed", "parse", "parser", "run"]
 
 #: set by rhl-guard for what it starts
 GUARDED = "RHL_GUARDED"
@@ -177,8 +177,8 @@ def _ps(given: Given) -> int:
     rows = list(client_rows() if given.client else services.server_rows(not given.no_status))
     rows = [row for row in rows if given.host in (None, row.get("ssh_host")) and given.status in (None, row.get("status"))]
     for row in rows:
-        if row.get("error"):
-            _say("rhl-ps", row["error"])
+        if row.get("status") == statefile.MALFORMED and row.get("error"):
+            _say("rhl-ps", str(row["error"]))
     if given.key:
         for row in rows:
             print(printable(row["key"]))
@@ -363,7 +363,7 @@ def _launch(given: Given) -> int:
         each in ("{status_file}", f"~/.remote-http-launcher/server/{given.key}.json", path) for each in _status_files(given.command)
     ):
         return _say("rhl-launch-service", f"behind rhl-guard --status-file is {path}, or {{status_file}}")
-    if guarded and given.conda_env and os.path.isabs(given.conda_env):
+    if guarded and given.conda_env and "/" in given.conda_env:
         return _say("rhl-launch-service", "behind rhl-guard a conda environment is a name, not a path")
     state = launching.launch(
         given.key, given.workdir, given.command, network_interface=given.network_interface, parameters=given.parameters, meta=given.meta,
@@ -407,20 +407,20 @@ def _settings() -> dict[str, Any]:
 def allowed(argv: Sequence[str], *, guarded: bool) -> bool:
     """Whether the command may be launched.
 
-    ``RHL_TOOLS_YAML``, else ``tools.yaml`` where the state files are: a mapping of names to options. A command is one of these
-    names, or begins with all words that a ``command_template`` of the options has before its first field. Without either file:
-    behind the guard one of `SEAMLESS`, else anything. Raises `ServiceFault`.
+    The list of `hosting.tools` is a mapping of names to options. A command is one of these names, or begins with all words that a
+    ``command_template`` of the options has before its first field. Without a list: behind the guard one of `SEAMLESS`, else
+    anything. Raises `ServiceFault`.
     """
-    path = os.environ.get("RHL_TOOLS_YAML") or os.path.join(statefile.base_dir(), "tools.yaml")
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_MOST_BYTES)
-    except FileNotFoundError:
-        if os.environ.get("RHL_TOOLS_YAML"):
-            raise ServiceFault("the file that RHL_TOOLS_YAML names is not there") from None
+    from zerodeploy_agent import hosting
+
+    raw = hosting.tools()
+    if raw is None:
         return argv[0] in SEAMLESS if guarded else True
-    except OSError as error:
-        raise ServiceFault(f"the whitelist of services can't be read: {error.strerror}") from None
+    return listed(raw, argv)
+
+
+def listed(raw: bytes, argv: Sequence[str]) -> bool:
+    """Whether the command is one of a list: see `allowed`. Raises `ServiceFault` for what is none."""
     import re
 
     import yaml

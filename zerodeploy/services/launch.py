@@ -25,6 +25,8 @@ __all__ = ["Launcher", "dry_run", "run"]
 _HANDSHAKE_S = 5.0
 _SLICE_S = 2.0
 _VALIDATE_S = 5.0
+#: in place of a home directory that is not known here: templates see an absolute path
+_HOME = "/their-home"
 
 
 def run(config: Mapping[str, Any] | str | os.PathLike[str] | Config, connection_dir: str | os.PathLike[str] | None = None, *,
@@ -97,8 +99,8 @@ class Launcher:
         self.config, self.observer, self.ssh_options = config, observer, list(ssh_options)
         self.states = States(CLIENT)
         self._silent: dict[str, Any] | None = None  # the connection that does not answer
-        if connection_dir is not None and "\0" in os.fspath(connection_dir):
-            raise ConfigError(f"the connection directory {connection_dir!r} holds a NUL")
+        if connection_dir is not None and (not os.fspath(connection_dir) or "\0" in os.fspath(connection_dir)):
+            raise ConfigError(f"the connection directory {connection_dir!r} is empty, or holds a NUL")
         if connection_dir is not None:
             self.states = States.at(connection_dir)
 
@@ -158,6 +160,11 @@ class Launcher:
                 known.get("drift")
                 or known.get("host") != self.config.ssh_hostname
                 or bool(state.get("tunneled-host")) != self.config.tunnel
+                or (
+                    self.config.ssh_hostname is not None
+                    and not self.config.tunnel
+                    and state.get("hostname") != self.config.hostname
+                )
             ):
                 self._step(missing, "it may be another one")
                 return None
@@ -279,19 +286,22 @@ class Launcher:
         return f"the service {self.config.key!r} runs and answers on its host, but not to this machine at {where}: {said}{advice}{'' if advice.endswith('?') else '.'} It is left running"
 
     def words(self, status_file: str) -> list[str]:
-        """The command for a host where the state file is *status_file*. Raises `TemplateError`."""
-        extra = {"key": self.config.key, "status_file": status_file}
+        """The command for a host where the state file is *status_file*; one by ``~`` stays such. Raises `TemplateError`."""
+        standing = f"{_HOME}/.remote-http-launcher/server/{self.config.key}.json"
+        known = os.path.isabs(status_file)
+        extra = {"key": self.config.key, "status_file": status_file if known else standing}
         try:
-            return command.words(self.config.data["command"], self.config.names, extra=extra, shell=self.config.data.get("shell"))
+            found = command.words(self.config.data["command"], self.config.names, extra=extra, shell=self.config.data.get("shell"))
         except ConfigError as error:
             raise self.config.placed(error, "command") from None
+        return found if known else [word.replace(standing, status_file).replace(f"{_HOME}/", "~/") for word in found]
 
     def launched_with(self) -> dict[str, Any]:
         """What a later launcher compares its own description with."""
         return {
             "digest": self.config.digest(), "host": self.config.ssh_hostname, "command": launching.shown(self.words("{status_file}")),
             "workdir": self.config.workdir, "network_interface": self.config.network_interface, "conda": self.config.data.get("conda"),
-            "file_parameters": self.config.data.get("file_parameters"),
+            "file_parameters": self.config.data.get("file_parameters"), "meta": self.config.data.get("meta") or None,
             **self._digests(),
         }  # fmt: skip
 
@@ -323,6 +333,9 @@ class Launcher:
     def _start(self, executor: Any, words: list[str]) -> dict[str, Any]:
         target = "this machine" if executor.host == "" else executor.host
         data = self.config.data
+        tools = executor.ask("tools")
+        if tools is not None:
+            self._check_listed(tools, words, executor.host)
         if data.get("conda"):
             self.observer.detail("discover conda base and environment")
             executor.ask("conda", wanted=data["conda"], target=target)
@@ -335,6 +348,17 @@ class Launcher:
         if warning:
             self.observer.warning(warning)
         return state
+
+    def _check_listed(self, tools: bytes, words: list[str], host: str) -> None:
+        from zerodeploy.services.helpers import listed
+
+        try:
+            if listed(tools, words):
+                return
+        except services.ServiceFault as fault:
+            raise ServiceError(str(fault), host=host) from None
+        text = f"service binary is not whitelisted: {words[0]!r} is not in tools.yaml beside the state files (or RHL_TOOLS_YAML)"
+        raise ServiceError(text, host=host)
 
     def _await(self, executor: Any, state: dict[str, Any]) -> dict[str, Any]:
         """Until it answers on its host. Seconds are this machine's alone."""
@@ -380,6 +404,8 @@ class Launcher:
         wanted = {"command": launching.shown([word.replace(own, path) for word in words]), "network_interface": self.config.network_interface,
                   "parameters": self.config.data.get("file_parameters")}  # fmt: skip
         drift = [name for name, value in wanted.items() if name in state and state[name] != value]
+        if (state.get("meta") or None) != (self.config.data.get("meta") or None):
+            drift.append("meta")
         if isinstance(state.get("settings"), dict):
             drift += [name for name, digest in self._digests().items() if state["settings"].get(name, "") != digest]
             drift += ["conda"] if state["settings"].get("conda") != self.config.data.get("conda") else []

@@ -7,6 +7,7 @@ told on standard error (`observer`).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ def run_cli(argv: Sequence[str] | None = None) -> int:
 
     try:
         if given.dry_run:
-            print(dry_run(given.config))
+            print(dry_run(given.config), flush=True)
             return 0
         run(
             given.config,
@@ -45,6 +46,13 @@ def run_cli(argv: Sequence[str] | None = None) -> int:
         )
     except ServiceError as error:
         print(f"remote-http-launcher: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # head, less: nobody reads us any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+        print(f"remote-http-launcher: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
