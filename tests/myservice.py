@@ -30,6 +30,9 @@ def main() -> None:
     made.add_argument(
         "--orphan", action="store_true", help="start one that no parent and no session leads to, and that ignores SIGTERM"
     )
+    made.add_argument("--nobody", action="store_true", help="then become another user")
+    made.add_argument("--wiped", action="store_true", help="start one that carries nothing of it, in its session")
+    made.add_argument("--again", action="store_true", help="start one that starts another when it is told to end")
     made.add_argument("--daemon", action="store_true", help="go on as a process that no parent leads to")
     made.add_argument("--report", help="the status that it reports")
     made.add_argument("--spoil", help="what becomes of the state file then: gone, directory, fifo, or its text")
@@ -103,6 +106,16 @@ def main() -> None:
         subprocess.run(["sh", "-c", 'setsid "$@" & exit 0', "sh", sys.executable, "-c", code], check=True)
         while not os.path.exists("orphan") or not open("orphan").read().endswith("\n"):
             time.sleep(0.01)
+    if given.wiped:
+        state["wiped"] = subprocess.Popen(["sleep", "1000"], env={}).pid
+    if given.again:
+        code = (
+            "import os, signal, subprocess, time\n"
+            "def again(*_): subprocess.Popen(['sleep', '1000'], start_new_session=True); os._exit(0)\n"
+            "signal.signal(15, again); print('ready', flush=True); time.sleep(1000)"
+        )
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert child.stdout and child.stdout.readline()
     text = json.dumps(state)
     if given.torn:
         with open(given.status_file, "w", encoding="utf-8") as file:
@@ -123,6 +136,12 @@ def main() -> None:
         elif given.spoil != "gone":
             with open(given.status_file, "w", encoding="utf-8") as file:
                 file.write(given.spoil.replace("empty", ""))
+    if given.nobody:
+        import ctypes
+
+        os.setgid(65534)
+        os.setuid(65534)
+        ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE, as after an exec: its files in /proc are its own
     if given.lines:
         for number in range(given.lines):
             print(f"line {number:08d}")

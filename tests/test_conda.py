@@ -108,7 +108,8 @@ def test_a_service_runs_in_its_environment(where, place):
         "conda_base": str(tree.root),
         "envs": [str(tree.root), f"{tree.root}/envs/foo"],
     }
-    run(config(place, str(place.root / "else where"), **{**more, "key": "l"}))
+    run(config(place, str(place.root / "else where"), **{**more, "key": "l"}), debug_log_file=str(place.root / "debug"))
+    assert "rhl-cache-conda" not in (place.root / "debug").read_text()
     assert (base / "server" / "l.log").read_text().splitlines()[1] == "FROM_ACTIVATE=elsewhere"
     (tree.root / "bin" / "inenv").write_text((tree.root / "envs/foo/bin/inenv").read_text())
     (tree.root / "bin" / "inenv").chmod(0o755)
@@ -122,7 +123,10 @@ def test_the_cache_is_refreshed_once_where_it_lacks_the_environment(where, place
     tree.env("foo")
     run(config(place, "foo", **more))
     tree.env("bar")
-    run(config(place, "bar", **{**more, "key": "l"}))
+    run(config(place, "bar", **{**more, "key": "l"}), debug_log_file=str(place.root / "debug"))
+    debug = (place.root / "debug").read_text()
+    name = f"SSHExecutor[{more['ssh_hostname']}]" if more else "LocalExecutor"
+    assert f"command[{name}]: rhl-conda-info\n" in debug and f"command[{name}]: rhl-cache-conda\n" in debug, debug
     assert (base / "server" / "l.log").read_text().splitlines()[1] == "FROM_ACTIVATE=bar"
     before = tree.calls().count("env list --json")
     with pytest.raises(ServiceError) as caught:

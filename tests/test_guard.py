@@ -282,6 +282,9 @@ def test_behind_sshd(tmp_path):
         for words in (("ls",), ("rhl-ps; touch /tmp/x",), ("rhl-clear", str(tmp_path)), ("bash", "-lc", "id"), ()):
             done = ssh(*words)
             assert done.returncode == 1 and done.stdout == "" and "rhl-guard: rejected" in done.stderr, words
+        for words in (("rhl-ps", "--bogus"), ("rhl-pid-alive", "x"), ("rhl-clear",)):
+            done = ssh(*words)
+            assert done.returncode == 2 and f"rhl-guard: rejected: {words[0]}: error: " in done.stderr, "as it is without the guard"
         assert ssh("rhl-inspect", "none").stderr == "rhl-inspect: no state file for 'none'\n"
 
 
@@ -312,6 +315,27 @@ def test_what_was_looked_at_leads_nowhere_else(tmp_path, monkeypatch):
             services.open_directory(str(path))
     assert (tmp_path / "victim" / "deep").exists()
     assert services.clear(str(tmp_path / "root" / "x")) == 1, "by hand a link is fine"
+
+
+def test_a_path_that_can_not_be_looked_at_is_refused(home, monkeypatch):
+    """It changes in between, say."""
+
+    def realpath(path, **_):
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr(os.path, "realpath", realpath)
+    with pytest.raises(GuardRefused, match="the path changes, or can't be looked at"):
+        decide("rhl-ps-persistent /data/x", Policy(permissive=True), str(home))
+
+
+def test_what_may_be_looked_at_is_looked_at(monkeypatch):
+    """A data root that the system has, for directories alone to be looked at."""
+    from zerodeploy_agent import services
+
+    assert decide("rhl-ps-persistent /srv", Policy(roots=("/srv",)), "/home/somebody") == ["rhl-ps-persistent", "--", "/srv"]
+    assert services.persistent("/srv", exact=True)[0]["path"] == "/srv"
+    with pytest.raises(services.ServiceFault, match="system directory"):
+        services.clear("/srv", exact=True)
 
 
 def test_the_launchers_own_state_is_refused(home, monkeypatch):

@@ -421,6 +421,44 @@ def test_who_has_wiped_its_environment_is_found_by_the_session(known, tmp_path):
     assert not any(map(alive, pids))
 
 
+def test_a_service_of_root_that_becomes_somebody_else(where, place):
+    """As daemons do that need a port, and no rights from then on."""
+    can_or_skip(os.geteuid() == 0, "only root can become somebody else")
+    states, config = where[1], place.config(words="--nobody", **where[0])
+    first = run(config)
+    pid = get(first)
+    assert Path(f"/proc/{pid}/status").read_text().count("65534") and Instance(states, "k").status() == "running"
+    (place.base / "client" / "k.json").unlink()
+    assert run(config) == first and starts(states) == 1
+    assert stop(states) == "stopped" and not alive(pid)
+
+
+@pytest.mark.parametrize("relaunched", [False, True])
+def test_what_has_lost_its_parent_and_its_environment_in_the_session_of_the_service(place, relaunched):
+    """It writes to the service's log still, in the session that the service has begun: nobody else can be in that."""
+    run(place.config(words="--wiped"))
+    states = States(SERVER)
+    wiped = states.read("k")["wiped"]  # type: ignore[index]
+    wait_until(lambda: Path(f"/proc/{wiped}/environ").read_bytes() == b"", 5, "it carries nothing")
+    os.kill(own(states), signal.SIGKILL)
+    wait_until(lambda: not alive(own(states)), 5, "it has ended")
+    assert alive(wiped)
+    if relaunched:
+        assert alive(get(run(place.config())))
+    else:
+        assert stop(states) == "stopped"
+    assert not alive(wiped)
+
+
+def test_who_is_started_while_the_service_ends_ends_too(place):
+    """One look at all processes does not see who is started, and whose parent ends, while it is taken."""
+    for _ in range(8):
+        run(place.config(words="--again"))
+        states = States(SERVER)
+        assert stop(states, 5) == "stopped"
+        assert processtree.carriers().get(states.record("k")["launch_id"], set()) == set()
+
+
 # while it is started again
 
 

@@ -13,6 +13,7 @@ from zerodeploy_agent.statefile import SERVER, States
 
 from tests.conftest import alive, wait_until
 from tests.services import a_place, an_sshd
+from zerodeploy.services import run
 
 
 @pytest.fixture
@@ -94,6 +95,52 @@ def life(place, service, where: list[str], base) -> None:
     done = service("inspect", *where, "k")
     assert done.returncode == 1 and "no state file for 'k'" in done.stderr and done.stdout == ""
     assert service("logs", *where, "k").returncode == 1 and service("clear", *where, "/etc").returncode == 1
+
+
+@pytest.mark.parametrize("kind", ["local", "agent", "helpers"])
+def test_following_a_log_that_is_put_away_meanwhile(place, kind):
+    """Each line once, whoever reads it there."""
+    with an_sshd(place, helpers=kind == "helpers") as server:
+        there = {} if kind == "local" else {"hostname": "127.0.0.1", "ssh_hostname": server.alias}
+        run(place.config(words="--tick", log={"max_bytes": 1024, "keep": 4}, **there))
+        words = [sys.executable, "-m", "zerodeploy", "service", "logs", *([server.alias] if there else []), "k", "-f"]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        numbers = []
+        while len(numbers) < 300:
+            line = process.stdout.readline()
+            numbers += [int(line.split()[1])] if line.startswith("tick ") else []
+        process.terminate()
+        process.communicate(timeout=20)
+        assert numbers == list(range(numbers[0], numbers[0] + 300))
+
+
+def test_a_key_that_is_called_like_a_host(place, service):
+    """HOST KEY is the order; the other way round only for what is known to be there."""
+    with an_sshd(place) as server:
+        good(service("up", "--host", server.alias, config_file(place, key="there", hostname="127.0.0.1")))
+        good(service("up", config_file(place, key=server.alias)))
+        assert json.loads(good(service("inspect", server.alias, "there", "--json")))["status"] == "running"
+        assert json.loads(good(service("inspect", "there", server.alias, "--json")))["status"] == "running"
+        assert json.loads(good(service("inspect", server.alias, "local", "--json")))["status"] == "running"
+        (place.base / "client" / "there.json").unlink()
+        assert good(service("stop", server.alias, "there")) == "there: stopped\n", "nothing here knows that key"
+
+
+def config_file(place, **more) -> str:
+    path = place.root / f"{more['key']}.yaml"
+    path.write_text(json.dumps(place.config(**more)))
+    return str(path)
+
+
+def test_what_is_inspected_is_the_same_everywhere(place, service):
+    names = set()
+    for kind in ("local", "agent", "helpers"):
+        with an_sshd(place, helpers=kind == "helpers") as server:
+            where = [] if kind == "local" else [server.alias]
+            good(service("up", *where, config_file(place, key=kind, **({"hostname": "127.0.0.1"} if where else {}))))
+            names.add(tuple(json.loads(good(service("inspect", *where, kind, "--json")))))
+    assert len(names) == 1
 
 
 def test_many_hosts_at_once(place, service):

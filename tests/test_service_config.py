@@ -272,6 +272,24 @@ def test_none_where_it_does_not(text):
     assert words(text)[0] != "/bin/bash"
 
 
+@pytest.mark.parametrize("shell", [None, True])
+@pytest.mark.parametrize("value", ["hello world", "it's $HOME `id`", 'say "x"', "a\nb\\", "", "'"])
+@pytest.mark.parametrize("template", ['python3 -c "print({v!r})"', "python3 -c 'print({v!r})'"])
+def test_a_repr_within_quotes_is_for_who_reads_these(template, value, shell):
+    done = subprocess.run(words(template, shell, v=value), capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (value + "\n", "")
+    done = subprocess.run(
+        words("printf '[%s]' {v!r} | cat" if shell else "printf '[%s]' {v!r}", shell, v=value), capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == (f"[{value}]", "")
+
+
+def test_a_repr_for_a_shell_of_the_template():
+    assert words('bash -c "exec foo {v!r}"', None, v="plain") == ["bash", "-c", "exec foo plain"]
+    with pytest.raises(TemplateError, match="read again by bash"):
+        words('bash -c "exec foo {v!r}"', None, v="a b")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -290,6 +308,9 @@ def test_none_where_it_does_not(text):
         "cat <<X\n{v}\nX",
         "a # {v}",
         "echo $'{v}'",
+        "PS4={v}; set -x; true",
+        "export PS4='{v}'; true",
+        "BASH_ENV={v} bash script",
     ],
 )
 def test_where_nothing_can_be_quoted_it_is_refused(text):

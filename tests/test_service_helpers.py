@@ -113,6 +113,47 @@ def test_a_malformed_file_is_one_bad_row(base):
     assert rhl("rm", "bad1").returncode == 0 and not (base / "server" / "bad1.json").exists()
 
 
+def test_clear_takes_any_depth_with_few_descriptors(tmp_path):
+    import resource
+
+    top = tmp_path / "data"
+    at = os.open(tmp_path, os.O_RDONLY)
+    for name in ["data", *["d"] * 3000]:
+        os.mkdir(name, dir_fd=at)
+        below = os.open(name, os.O_RDONLY, dir_fd=at)
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=below))
+        os.close(at)
+        at = below
+    os.close(at)
+    done = rhl("clear", str(top), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"removed 2 item(s) from {top}\n", "") and os.listdir(top) == []
+
+
+def test_two_who_clear_the_same_are_in_nobodys_way(tmp_path):
+    for number in range(3000):
+        (tmp_path / f"{number}").touch()
+    code = "import sys; from zerodeploy.services.helpers import run; sys.exit(run('rhl-clear'))"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0, 0] and set(said) == {b""} and not list(tmp_path.iterdir())
+
+
+def test_what_a_service_says_of_itself_is_no_error_of_ours(base):
+    States(SERVER).write("k", {"status": "failed", "error": "my reason"})
+    done = rhl("ps", "--json")
+    assert json.loads(done.stdout)["error"] == "my reason" and done.stderr == ""
+
+
+def test_a_directory_that_can_not_be_read_is_no_empty_one(base):
+    base.mkdir()
+    (base / "server").touch()
+    done = rhl("ps")
+    assert done.returncode == 1 and done.stdout == "" and "server can't be read: Not a directory" in done.stderr
+
+
 def test_a_lock_is_for_one(base):
     first = States(SERVER).lock("k", 1)
     with pytest.raises(StateError, match="somebody else"):

@@ -20,10 +20,10 @@ from zerodeploy_agent import services as engine
 from zerodeploy_agent.instances import Instance
 from zerodeploy_agent.statefile import SERVER, States
 
-from tests.conftest import PYTHONS, alive, client_process, wait_until
+from tests.conftest import PYTHONS, alive, can_or_skip, client_process, wait_until
 from tests.services import EXAMPLE, a_place, an_sshd
 from zerodeploy import ConfigError, ServiceError, TemplateError
-from zerodeploy.services import run
+from zerodeploy.services import launch, run
 
 
 @pytest.fixture
@@ -377,6 +377,65 @@ def test_drift_is_told_from_the_host_alone(place, kind):
         assert sorted(run(without, place.root / "without")["drift"]) == sorted(changed)
 
 
+@pytest.mark.parametrize("kind", ["local", "agent", "helpers"])
+def test_a_connection_is_as_it_was_asked_for(place, kind):
+    """A name for the host that has changed is written anew; ``meta`` is the launch's, and told where it differs."""
+    with an_sshd(place, helpers=kind == "helpers") as server:
+        there = {} if kind == "local" else {"hostname": "127.0.0.1", "ssh_hostname": server.alias}
+        first = run(place.config(**there))
+        assert "meta" not in first and "meta" not in place.connection() and "parameters" not in first
+        changed = place.config(**there, meta={"v": 2})
+        assert run(changed)["drift"] == ["meta"] == run(changed)["drift"] and run(changed, place.root / "other")["drift"] == [
+            "meta"
+        ]
+        if kind != "local":
+            again = run(place.config(**{**there, "hostname": "localhost"}))
+            assert again == {**first, "hostname": "localhost"} and place.connection()["hostname"] == "localhost"
+
+
+@pytest.mark.parametrize("kind", ["local", "agent", "helpers", "guard"])
+def test_a_list_of_services_counts_whoever_launches(place, kind):
+    with an_sshd(place, helpers=kind == "helpers", guard="--permissive-paths" if kind == "guard" else "") as server:
+        there = {} if kind == "local" else {"hostname": "127.0.0.1", "ssh_hostname": server.alias}
+        base = place.base if kind == "local" else server.home / ".remote-http-launcher"
+        base.mkdir(exist_ok=True)
+        (base / "tools.yaml").write_text("other:\n  a: 1\n")
+        with pytest.raises(ServiceError, match="service binary is not whitelisted: 'myservice'"):
+            run(place.config(**there))
+        (base / "tools.yaml").write_text("no: [mapping")
+        with pytest.raises(ServiceError, match="no YAML mapping"):
+            run(place.config(**there))
+        assert not list((base / "server").glob("k.*")), "nothing was started"
+        (base / "tools.yaml").write_text("myservice:\n")
+        assert alive(get(run(place.config(**there))))
+
+
+REREAD = [
+    'bash -c "exec myservice --port-range 20000 29999 --host 127.0.0.1 --status-file {status_file}"',
+    "sh -c 'exec myservice --port-range 20000 29999 --host 127.0.0.1 --status-file $0' {status_file}",
+    "declare F={status_file}; exec myservice --port-range 20000 29999 --host 127.0.0.1 --status-file $F",
+    "[[ -e {status_file} ]] && exec myservice --port-range 20000 29999 --host 127.0.0.1 --status-file {status_file}",
+    "exec myservice --port-range 20000 29999 --host 127.0.0.1 --status-file {status_file} {status_file.startswith('/')}",
+]
+
+
+@pytest.mark.parametrize("command", REREAD)
+def test_a_shell_that_reads_the_status_file_once_more(where, place, command):
+    config = {**place.config(**where[0]), "command": command}
+    shown = launch.dry_run(config)
+    assert ("~/" in shown) == bool(where[0]) and "their-home" not in shown
+    assert alive(get(run(config)))
+    log = (where[1] / "server" / "k.log").read_text()
+    assert ("True" in log) == ("startswith" in command), log
+
+
+def test_behind_the_guard_the_status_file_is_absolute_for_templates(place):
+    with an_sshd(place, guard="--permissive-paths") as server:
+        config = place.config(words="{status_file.startswith('/')}", key="k", hostname="127.0.0.1", ssh_hostname=server.alias)
+        run({**config, "command": config["command"].replace("myservice", "hashserver", 1)})
+        assert '"True"' in (server.home / ".remote-http-launcher/server/k.log").read_text()
+
+
 def test_a_noisy_login_shell_where_the_helpers_are(place):
     with an_sshd(place, helpers=True) as server:
         (server.home / ".bashrc").write_text("echo Welcome noisy\necho to stderr as well >&2\n")
@@ -402,6 +461,91 @@ def test_restart_with_back_off(where, place):
     log = (where[1] / "server" / "k.log").read_text()
     assert log.count("args ") == 3 and "started again in 0.1 s (1 of 2)" in log and "started again in 0.2 s (2 of 2)" in log
     wait_until(lambda: not alive(state["supervisor"]["pid"]), 5, "nobody watches it any more")
+
+
+@pytest.mark.parametrize("guard", ["", "--permissive-paths"])
+def test_hosts_with_helpers_wait_for_a_slow_start_that_says_something(place, guard):
+    with an_sshd(place, helpers=True, guard=guard) as server:
+        there = {"hostname": "127.0.0.1", "ssh_hostname": server.alias}
+        config = place.config(words="--delay 5", start_timeout=2, **there)
+        if guard:
+            config["command"] = config["command"].replace("myservice", "hashserver", 1)
+        assert alive(get(run(config)))
+
+
+@pytest.mark.parametrize("kind", ["local", "agent", "helpers"])
+def test_a_start_that_has_failed_says_so_in_the_file(place, kind):
+    with an_sshd(place, helpers=kind == "helpers") as server:
+        there = {} if kind == "local" else {"hostname": "127.0.0.1", "ssh_hostname": server.alias}
+        states = States(SERVER) if kind == "local" else States(SERVER, str(server.home / ".remote-http-launcher"))
+        with pytest.raises(ServiceError, match="(?s)has failed to start: it has ended before it was running.*last words"):
+            run(place.config(words="--die 5", **there))
+        state = states.read("k")
+        assert state is not None and (state["status"], state["reason"]) == ("failed", "it has ended before it was running")
+
+
+@pytest.mark.parametrize("kind", ["local", "agent", "helpers"])
+def test_a_start_that_takes_too_long_shows_the_log(place, kind):
+    """Here of a shell that has failed, and left something that could be a daemon."""
+    with an_sshd(place, helpers=kind == "helpers") as server:
+        there = {} if kind == "local" else {"hostname": "127.0.0.1", "ssh_hostname": server.alias}
+        config = {**place.config(start_timeout=0.5, **there), "command": 'bash -c "sleep 1000 & echo BOOM; exit 3"'}
+        with pytest.raises(ServiceError, match=r"(?s)not ready.*The end of its log:\nBOOM") as caught:
+            run(config)
+        assert caught.value.log == "BOOM"
+
+
+def test_a_restart_that_a_full_disk_prevents_is_tried_again(place, tmp_path):
+    can_or_skip(os.geteuid() == 0, "mounting needs root")
+    base = tmp_path / "small"
+    base.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(base)], capture_output=True, text=True)
+    can_or_skip(done.returncode == 0, f"mount: {done.stderr}")
+    place.bases.add(base)
+    states = States(SERVER, str(base))
+    try:
+        given = {"restart": {"policy": "always", "delay": 0.1, "most": 100, "most_delay": 0.2}, "base": str(base)}
+        words = ["myservice", "--port-range", "20000", "29999", "--host", "127.0.0.1", "--status-file", "{status_file}"]
+        launching.launch("k", str(tmp_path), words, **given)
+        wait_until(lambda: (states.read("k") or {}).get("status") == "running", 20, "it runs")
+        fill = base / "fill"
+        with fill.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 512)
+        pid = crash(states)
+        time.sleep(1)  # several tries, none of which can be seen from here
+        fill.unlink()
+        wait_until(lambda: Instance(states, "k").pid not in (0, pid), 20, "and again, once there is room")
+    finally:
+        engine.stop("k", str(base), grace=0.2)
+        subprocess.run(["umount", "-l", str(base)], check=True)
+
+
+def test_an_ssh_that_hangs_is_told(place):
+    (place.bin / "ssh").write_text("#!/bin/sh\nexec sleep 1000\n")
+    (place.bin / "ssh").chmod(0o755)
+    done = subprocess.run([sys.executable, "-m", "zerodeploy", "service", "ps", "--connect-timeout", "0.1", "somewhere"],
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 255 and "somewhere: no login within 5 s: ssh neither got in nor gave up" in done.stderr
+
+
+@pytest.mark.parametrize("guard", ["", "--permissive-paths"])
+def test_hosts_with_helpers_tell_crashes_as_soon(place, guard):
+    with an_sshd(place, helpers=True, guard=guard) as server:
+        there = {"hostname": "127.0.0.1", "ssh_hostname": server.alias}
+        config = place.config(words="--die 3", restart={"policy": "always", "delay": 0.05, "most": 50, "most_delay": 600}, **there)
+        if guard:
+            config["command"] = config["command"].replace("myservice", "hashserver", 1)
+        with pytest.raises(ServiceError, match="has ended [3-9] times before it was running, at last with exit status 3"):
+            run(config)
+
+
+@pytest.mark.parametrize("kind", ["local", "agent", "helpers"])
+def test_a_living_service_without_a_file_is_said_to_live(place, kind):
+    with an_sshd(place, helpers=kind == "helpers") as server:
+        there = {} if kind == "local" else {"hostname": "127.0.0.1", "ssh_hostname": server.alias}
+        with pytest.raises(ServiceError, match=r"not ready.*its state file is gone. It lives \(pid [0-9]+\) and is left to it"):
+            run(place.config(words="--spoil gone", start_timeout=0.8, **there))
 
 
 def test_a_service_that_always_crashes_at_its_start_is_told_soon(where, place):

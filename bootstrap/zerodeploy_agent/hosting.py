@@ -80,10 +80,16 @@ def await_ready(key: str, known: "Dict[str, Any]", handshake: "Optional[str]" = 
     while True:
         done, state, said = _moment(states, key, known, handshake)
         if done or time.monotonic() > until:
-            return {"done": done, "state": state, "said": said, "pid": Instance(states, key).pid, "signs": [] if state.get("status") == RUNNING else _signs(states, key),
+            return {"done": done, "state": state, "said": said, "pid": _pid(states, key), "signs": [] if state.get("status") == RUNNING else _signs(states, key),
                     "log": tail_of(states, key) if done not in ("", READY) else ""}  # fmt: skip
         time.sleep(max(0.0, min(pause, until - time.monotonic() + 0.001)))
         pause = min(0.1, pause * 1.3)
+
+
+def _pid(states: States, key: str) -> int:
+    """Of its first process, or of the one that goes on in its place; 0 where none does."""
+    service = Instance(states, key)
+    return service.pid or service.heir()
 
 
 def _moment(states: States, key: str, known: "Dict[str, Any]", handshake: "Optional[str]") -> "Any":
@@ -159,6 +165,18 @@ def _waiting(status: object) -> str:
     if status == FAILED:
         return "it says that it has failed; it is started again once it has ended"
     return "it is starting" if status == STARTING else "its status is %.50r" % (status,)
+
+
+def settled(states: States, key: str) -> Instance:
+    """`settle`; and a start of which nothing runs any more has failed, which is written down."""
+    service = settle(states, key)
+    if service.state is not None and service.known.get("status") == STARTING and not service.alive:
+        try:
+            _failed(states, key, service.known)
+        except (StateError, OSError):
+            return service  # a full disk
+        service = Instance(states, key)
+    return service
 
 
 def _failed(states: States, key: str, seen: "Dict[str, Any]") -> "Dict[str, Any]":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from .procfs import age_of, belongs_to_us, boot_id, is_alive, listeners, runs, start_of, stat_of
+from .procfs import age_of, belongs_to_us, boot_id, is_alive, listeners, pids, runs, start_of, stat_of, within_reach
 from .statefile import MALFORMED, RUNNING, STALE, STARTING, StateError, States, lives, pid_of, port_names
 
 TYPE_CHECKING = False
@@ -144,7 +144,23 @@ class Instance:
     def roots(self) -> "List[int]":
         """All of its processes that can be named, who watches it first, then its own."""
         found = [pid for pid in (self.supervisor, self.pid) if pid]
-        return found + sorted(self._carriers() - set(found))
+        return found + sorted((self._carriers() | self._left_in_session()) - set(found))
+
+    def _left_in_session(self) -> "Set[int]":
+        """Who is in the session that its first process had, and still has its log, but carries nothing any more."""
+        first = pid_of(self.record)
+        if not first or runs(first) or self.record.get("boot_id") != boot_id():
+            return set()
+        return {pid for pid in pids() if stat_of(pid)[3:4] == [b"%d" % first] and within_reach(pid) and self._has_log(pid)}
+
+    def _has_log(self, pid: int) -> bool:
+        for fd in (1, 2):
+            try:
+                if os.readlink("/proc/%d/fd/%d" % (pid, fd)).startswith(os.path.realpath(self.states.log_path(self.key))):
+                    return True
+            except OSError:
+                continue
+        return False
 
     @property
     def in_care(self) -> bool:

@@ -12,11 +12,15 @@ import signal
 import time
 
 from .cleanup import SERVICE
-from .procfs import belongs_to_us, has_ended, is_alive, pidfd_open, pids, runs, start_in, start_of, stat_of, variable_of
+from .procfs import has_ended, is_alive, pidfd_open, pids, runs, start_in, start_of, stat_of, variable_of, within_reach
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Collection, Dict, Mapping, Optional, Sequence, Set
+
+
+#: in a row, until nobody is left: one look does not see who is started and whose parent ends while it is taken
+_EMPTY_LOOKS = 4
 
 
 class Seen:
@@ -35,15 +39,15 @@ class TreeError(Exception):
 def tree(
     roots: "Collection[int]", leaders: "Collection[int]" = (), launches: "Optional[Mapping[str, int]]" = None
 ) -> "Dict[int, Seen]":
-    """Living processes of this user, without the caller: *roots*, the sessions of *leaders*, those that carry one of *launches*, with
+    """Living processes of this user (for root: of everybody), without the caller: *roots*, the sessions of *leaders*, those that carry one of *launches*, with
     the sessions that they have begun, and all below them.
 
     Of *launches* each has the pid of its first process, 0 where nobody knows. With them, those of another launch, and what is below
     them, are left out: services that a service has launched.
     """
     seen: "Dict[int, Seen]" = {}
-    for pid in pids():
-        fields = stat_of(pid) if belongs_to_us(pid) else []
+    for pid in reversed(pids()):  # who has just been started is the first to be gone again
+        fields = stat_of(pid) if within_reach(pid) else []
         if is_alive(fields):
             seen[pid] = Seen(int(fields[1]), int(fields[3]), start_in(fields))
     found = {pid for pid, each in seen.items() if pid in roots or each.session in leaders}
@@ -70,10 +74,10 @@ def tree(
 
 
 def carriers() -> "Dict[str, Set[int]]":
-    """The living processes of this user that belong to services, by launch."""
+    """The living processes of this user (for root: of everybody) that belong to services, by launch."""
     found: "Dict[str, Set[int]]" = {}
     for pid in pids():
-        if belongs_to_us(pid):
+        if within_reach(pid):
             launch = variable_of(pid, SERVICE)
             if launch and runs(pid):
                 found.setdefault(launch, set()).add(pid)
@@ -99,6 +103,7 @@ def end_tree(roots: "Sequence[int]", grace: float, launches: "Optional[Mapping[s
     left. Raises `TreeError` where that can't be.
     """
     held: "Dict[int, int]" = {}
+    empty = 0
     until = time.monotonic() + grace
     number = signal.SIGTERM
     tops, leaders = set(roots), set(roots)
@@ -117,7 +122,8 @@ def end_tree(roots: "Sequence[int]", grace: float, launches: "Optional[Mapping[s
             for member in [each for each, fd in held.items() if _gone(each, fd)]:
                 _close(held.pop(member))
             tops = set(held)
-            if not held and not found:
+            empty = 0 if held or found else empty + 1
+            if empty == _EMPTY_LOOKS:
                 return
             if time.monotonic() > until:
                 if number == signal.SIGKILL:
@@ -129,7 +135,7 @@ def end_tree(roots: "Sequence[int]", grace: float, launches: "Optional[Mapping[s
             for fd in held.values():
                 if fd >= 0:
                     poll.register(fd, select.POLLIN)
-            poll.poll(50 if held else 1)
+            poll.poll(50 if held else 2)
     finally:
         for fd in held.values():
             _close(fd)

@@ -100,6 +100,11 @@ def belongs_to_us(pid: int) -> bool:
         return False
 
 
+def within_reach(pid: int) -> bool:
+    """Whether there is such a process that this user may signal: its own, and for root everybody's."""
+    return os.path.exists("/proc/%d" % pid) if os.geteuid() == 0 else belongs_to_us(pid)
+
+
 def age_of(fields: "List[bytes]") -> float:
     """Seconds since the start of a process with these fields (`stat_of`)."""
     import time

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SYSTEM = ("/", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/boot", "/sys", "/proc", "/run", "/var", "/opt", "/dev", "/home", "/root",
           "/tmp", "/srv", "/mnt", "/media")  # fmt: skip
 _STOP_S = 10.0
+_MOST_DEPTH = 32  # of directories that are open at a time
 _LOCK_S = 30.0
 
 
@@ -315,24 +316,37 @@ def clear(path: str, exact: bool = False) -> int:
         raise ServiceFault("not a directory: %s" % path) from None
     try:
         names = os.listdir(fd)
-        for name in names:
-            _remove(fd, name)
+        left = list(names)
+        while left:
+            _remove(fd, left.pop(), fd, 0, left)
         return len(names)
     finally:
         os.close(fd)
 
 
-def _remove(at: int, name: str) -> None:
-    if not stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
-        os.unlink(name, dir_fd=at)
-        return
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+def _remove(at: int, name: str, top: int, depth: int, moved: "List[str]") -> None:
+    """*name* in the directory *at*, with all in it. What is too deep is *moved* to *top* first, for its own turn there.
+
+    What is gone already is fine: somebody else does the same.
+    """
     try:
-        for each in os.listdir(fd):
-            _remove(fd, each)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=at)
+        if not stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+            os.unlink(name, dir_fd=at)
+            return
+        if depth == _MOST_DEPTH:
+            new = ".%s" % os.urandom(8).hex()
+            os.rename(name, new, src_dir_fd=at, dst_dir_fd=top)
+            moved.append(new)
+            return
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+        try:
+            for each in os.listdir(fd):
+                _remove(fd, each, top, depth + 1, moved)
+        finally:
+            os.close(fd)
+        os.rmdir(name, dir_fd=at)
+    except FileNotFoundError:
+        pass
 
 
 def persistent(path: str, marker: "Optional[str]" = None, exact: bool = False, level: "Optional[int]" = None,

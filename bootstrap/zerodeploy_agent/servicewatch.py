@@ -46,8 +46,10 @@ def main(options: "Dict[str, Any]") -> None:
     watch = Watch(launching.Launch(options.pop("key"), options.pop("workdir"), options.pop("argv"), **options))
     try:
         said = watch.adopt() if adopt else watch.begin()
-    except (StateError, ServiceFault, LimitError, OSError) as error:
+    except (StateError, ServiceFault, LimitError) as error:
         said = {"fault": str(error)}
+    except OSError as error:
+        said = {"fault": "%s: %s" % (error.filename, error.strerror) if error.filename else str(error)}
     sys.stdout.write(json.dumps(said) + "\n")
     sys.stdout.flush()
     if "fault" not in said:
@@ -153,7 +155,10 @@ class Watch:
             if self._stopping or not self._due(status):
                 self._over(status)
                 break
-            if not self._again(status):
+            again = self._again(status)
+            while again is None:  # it could not be: for now, perhaps
+                again = self._again(status)
+            if not again:
                 break
         self._drain_for(_LINGER_S)
         if self._cgroups is not None:
@@ -209,8 +214,8 @@ class Watch:
             self._restarts = 0
         return bool(self._restarts < restart.get("most", MOST))
 
-    def _again(self, status: "Optional[int]") -> bool:
-        """Wait, then start it once more. False: somebody has stopped it or removed its state, or it can't be started."""
+    def _again(self, status: "Optional[int]") -> "Optional[bool]":
+        """Wait, then start it once more. False: somebody has stopped it or removed its state, or it can't be started; None: not yet."""
         restart = self.wanted.restart
         if not os.path.isdir(self.wanted.states.folder) or not self._is_ours(Instance(self.wanted.states, self.wanted.key)):
             self._say("ended with %s; its state was removed: it is not started again" % _ending(status))
@@ -241,6 +246,8 @@ class Watch:
             return True
         except (OSError, ServiceFault, StateError) as error:
             self._say("it can't be started again: %s" % error)
+            if self._restarts < restart.get("most", MOST):
+                return None
             self._note(status, {"status": FAILED, "reason": "it can't be started again: %s" % error}, locked=True)
             return False
         finally:

@@ -12,7 +12,7 @@ import os
 import stat
 import time
 
-from .procfs import belongs_to_us, boot_id, is_alive, start_in, start_of, stat_of
+from .procfs import boot_id, is_alive, start_in, start_of, stat_of, within_reach
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -256,12 +256,13 @@ def pid_of(state: "Mapping[str, Any]") -> int:
 
 
 def lives(state: "Mapping[str, Any]") -> bool:
-    """Whether the process that *state* speaks of runs: that very one, by its start and the boot, and this user's.
+    """Whether the process that *state* speaks of runs: that very one, by its start and the boot, and this user's: as root it may
+    have become somebody else's since.
 
     A state without them says nothing of anybody: see `instances.Instance`.
     """
     pid, start = pid_of(state), state.get("pid_start")
-    if not pid or not start or state.get("boot_id") != boot_id() or not belongs_to_us(pid):
+    if not pid or not start or state.get("boot_id") != boot_id() or not within_reach(pid):
         return False
     fields = stat_of(pid)
     return bool(fields) and is_alive(fields) and start_in(fields) == start

@@ -344,8 +344,8 @@ def inspect(settings: Context, /, words: tuple[str, ...], **options: Any) -> Non
             found = executor.ask("look", key=key)
         if found["state"] is None:
             raise ServiceError(f"no state file for {key!r}", host=executor.host)
-        shown = {**found["state"], "json_status": found["state"].get("status"), "status": found["status"]}
-        _tell(settings, shown, json.dumps(shown, indent=2, sort_keys=True))
+        shown = dict(sorted({**found["state"], "json_status": found["state"].get("status"), "status": found["status"]}.items()))
+        _tell(settings, shown, json.dumps(shown, indent=2))
 
 
 def _one(found: tuple[str | None, list[str]]) -> tuple[str | None, list[str]]:

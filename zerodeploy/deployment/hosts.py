@@ -77,7 +77,9 @@ def host_set(hosts: object, *, allow_duplicates: bool = False) -> list[HostSpec]
         raise UsageError("the host set is empty")
     twice = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
     if twice and not allow_duplicates:
-        raise UsageError(f"{_some(twice)} given more than once; name each once (from Python, allow_duplicates=True takes it as two)")
+        raise UsageError(
+            f"{_some(twice)} given more than once; name each once (from Python, allow_duplicates=True takes it as two)"
+        )
     wrong: list[str] = []
     for spec in specs:
         try:

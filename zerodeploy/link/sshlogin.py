@@ -36,6 +36,13 @@ _HOLD = (
 )
 
 
+def _why_not_in(status: int | None, stderr: str, waited_s: float) -> str:
+    said = f": {tail(stderr, 4)}" if stderr.strip() else ", and it said nothing"
+    if status is None:
+        return f"no login within {waited_s:.0f} s: ssh neither got in nor gave up{said}; `ssh -v` to the same host shows what it waits for"
+    return f"the login ended with exit status {status}{said}; `ssh -v` to the same host shows how far it gets"
+
+
 class SshLogin:
     """See the module.
 
@@ -85,10 +92,7 @@ class SshLogin:
                 self._read_stderr()
                 text = self._stderr.decode("utf-8", "replace")
                 explained = self._link.explain(status, text, waited_s)
-                said = f": {tail(text, 4)}" if text.strip() else ""
-                raise explained or HostUnreachable(
-                    f"the login ended with exit status {status}{said}", host=self.host, stderr=tail(text, 30)
-                )
+                raise explained or HostUnreachable(_why_not_in(status, text, waited_s), host=self.host, stderr=tail(text, 30))
             time.sleep(_POLL_S)
 
     def _learn(self, until: float) -> None:

@@ -28,6 +28,8 @@ _DROPPED_TRIES = 6
 _PATH = "PATH=$HOME/miniforge3/bin:$HOME/miniconda3/bin:$PATH "
 _POLL_S = 0.25
 _OVERLAP_BYTES = 4096
+_SHORT_S, _LONG_S = 20.0, 120.0  # for the answer of a helper, and of one that may have to wait itself
+_LONG = ("rhl-launch-service", "rhl-stop", "rhl-rm", "rhl-cache-conda", "rhl-clear", "rhl-ps-persistent")
 #: how the helpers name what the agent does
 _HELPER_NAMES = {
     "look": "rhl-inspect",
@@ -161,7 +163,8 @@ class HelperExecutor(Executor):
     def run(self, words: Sequence[str], *, ok: Sequence[int] = (0,), input: bytes = b"") -> tuple[int, str, str]:
         """A helper's exit status and output. Raises `ServiceError` for a status that is not in *ok*."""
         self.observer.command(self.name, words)
-        done = self._login.run(words, before="" if self._login.guarded else _PATH, input=input)
+        limit = _LONG_S if words[0] in _LONG else _SHORT_S
+        done = self._login.run(words, before="" if self._login.guarded else _PATH, input=input, timeout_s=limit)
         self.observer.command(self.name, words, done=True)
         out, err = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
         if done.returncode == 127:
@@ -253,20 +256,17 @@ class HelperExecutor(Executor):
             elif crashes := hosting.crashes_of(state):
                 done, said = "failed", crashes
             elif status == "stale":
-                done = "failed" if state.get("status") == "starting" else "stale"
+                state = {**state, **(self._state(key)[0] or {})}  # where that looks it is written down by now
+                done = "failed" if state.get("status") in ("starting", "failed") else "stale"
                 said = "it has ended before it was running" if done == "failed" else "it has ended"
             if done or time.monotonic() > until:
                 log = ""
                 if done not in ("", hosting.READY):
                     log = self.run(["rhl-logs", key, "--tail", "30"], ok=(0, 1))[1]
-                return {
-                    "done": done,
-                    "state": state,
-                    "said": said,
-                    "pid": pid,
-                    "signs": [json.dumps(state, sort_keys=True)],
-                    "log": log,
-                }
+                signs = [json.dumps(state, sort_keys=True)]
+                if not done and status != "running":
+                    signs.append(self.run(["rhl-logs", key, "--tail", "1000"], ok=(0, 1))[1])
+                return {"done": done, "state": state, "said": said, "pid": pid, "signs": signs, "log": log}
             time.sleep(_POLL_S)
 
     def _living(self, row: dict[str, Any], known: dict[str, Any]) -> int:

@@ -171,6 +171,8 @@ def _checked(path: str, policy: Policy, home: str, name: str) -> str:
         resolved = services.check_directory(expanded, home, SYSTEM_ROOTS)
     except services.ServiceFault as fault:
         raise GuardRefused(str(fault)) from None
+    except OSError as error:
+        raise GuardRefused(f"the path changes, or can't be looked at ({error.strerror}): {shown!r}") from None
     base = os.path.realpath(statefile.base_dir())
     if f"{resolved}/".startswith(f"{base}/") or base.startswith(f"{resolved.rstrip('/')}/"):
         raise GuardRefused(f"the launcher keeps its own state there: {shown!r}")

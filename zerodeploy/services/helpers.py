@@ -11,7 +11,6 @@ import os
 import sys
 
 from zerodeploy_agent import procfs, services, statefile
-from zerodeploy_agent.instances import settle
 from zerodeploy_agent.services import ServiceFault
 from zerodeploy_agent.statefile import CLIENT, SERVER, StateError, States
 
@@ -126,8 +125,10 @@ def _inspect_options(made: argparse.ArgumentParser) -> None:
 
 
 def _inspect(given: Given) -> int:
+    from zerodeploy_agent import hosting
+
     states = States(SERVER)
-    settle(states, given.key)
+    hosting.settled(states, given.key)
     state = states.read(given.key)
     if state is None:
         return _say("rhl-inspect", f"no state file for {given.key!r}")

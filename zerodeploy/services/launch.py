@@ -25,6 +25,7 @@ __all__ = ["Launcher", "dry_run", "run"]
 _HANDSHAKE_S = 5.0
 _SLICE_S = 2.0
 _VALIDATE_S = 5.0
+_TAIL_LINES, _TAIL_BYTES = 30, 8192
 #: in place of a home directory that is not known here: templates see an absolute path
 _HOME = "/their-home"
 
@@ -383,12 +384,22 @@ class Launcher:
                     else "It is left to the process that watches it"
                 )
                 of = f"{executor.host} {self.config.key}".strip()
+                log = self._log_of(executor)
+                end = f". The end of its log:\n{log}" if log else "; it has written nothing to its log"
                 raise ServiceError(
                     f"the service {self.config.key!r} is not ready after {now - began:.0f} s: {answer['said']}. "
                     f"{lives}: the same again waits on, `zerodeploy service logs {of}` shows its log, `zerodeploy service stop {of}` ends it; "
-                    f"start_timeout is {limit:g} s",
-                    host=executor.host, state=answer["state"],
+                    f"start_timeout is {limit:g} s{end}",
+                    host=executor.host, state=answer["state"], log=log,
                 )  # fmt: skip
+
+    def _log_of(self, executor: Any) -> str:
+        """Its last lines; empty where there are none, or nobody tells."""
+        try:
+            data: bytes = executor.ask("log_piece", key=self.config.key, tail=_TAIL_LINES)["data"]
+        except ZeroDeployError:
+            return ""
+        return data[-_TAIL_BYTES:].decode("utf-8", "replace").rstrip()
 
     def _failed(self, executor: Any, answer: dict[str, Any]) -> ServiceError:
         log = answer["log"].rstrip()
