@@ -76,7 +76,9 @@ class Place:
         for row in list(tunnels.listed()):
             tunnels.close(row["key"], States.at(os.path.dirname(row["file"])))
         for base in self.bases:
-            for key in States(SERVER, str(base)).names():
+            states = States(SERVER, str(base))
+            lost = [path.name[1 : -len(".launch")] for path in Path(states.folder).glob(".*.launch")]
+            for key in {*states.names(), *lost}:
                 with contextlib.suppress(Exception):
                     engine.stop(key, str(base), grace=0.2)
 

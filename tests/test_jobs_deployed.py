@@ -378,6 +378,20 @@ def test_ctrl_c_ends_the_watching_and_not_the_job(users_state):
     assert b"signaled" in zd("job", "local", "stop", id).stdout
 
 
+def test_a_hub_is_made_in_whatever_thread_the_call_is_in():
+    """Of Python 3.8, whose locks want the loop of their thread."""
+    root = Path(__file__).parents[1]
+    code = (
+        f"import sys, threading; sys.path[:0] = [{str(root / 'bootstrap')!r}, {str(root / 'zerodeploy' / 'jobs')!r}]\n"
+        "from grpcserver.hub import Hub\n"
+        "made = []\n"
+        "thread = threading.Thread(target=lambda: made.append(Hub('/nowhere')))\n"
+        "thread.start(); thread.join(); print(len(made))"
+    )
+    done = subprocess.run([python_or_skip("3.8"), "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
 def test_serve_on_a_host(tmp_path, sshd):
     pki = make_pki(tmp_path)
     process = subprocess.Popen(

@@ -66,11 +66,12 @@ class Hub:
         self._asked: list[bytes] = []
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Lock | None = None  # made by the loop that it is for: Python 3.8 asks for that at once
         self.ending = False  # no other supervisor is to be started
 
     async def connect(self) -> None:
         """Raises `jobsocket.SupervisorError`, `OSError`."""
+        self._connecting = self._connecting or asyncio.Lock()
         async with self._connecting:
             if self._writer is not None:
                 return
