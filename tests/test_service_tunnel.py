@@ -94,23 +94,25 @@ def test_all_ports_through_one_ssh_at_one_login(place, interface):
         assert get(again["port"]) == state["pid"]
 
 
-@pytest.mark.parametrize("fault", ["ssh killed", "sshd's session killed", "ssh stopped"])
+@pytest.mark.parametrize("fault", ["ssh killed", "sshd's session killed", "ssh stopped", "ssh stopped, guard"])
 def test_it_is_opened_again(place, fault):
-    with an_sshd(place) as server:
-        made = run(place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=True))
+    with an_sshd(place, guard="--permissive-paths" if "guard" in fault else "") as server:
+        config = place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=True)
+        config["command"] = config["command"].replace("myservice", "hashserver", 1)
+        made = run(config)
         pid, keeper = get(made["port"]), keeper_of()
         assert pid
         [ssh] = sshs_of(keeper)
         if fault == "ssh killed":
             os.kill(ssh, signal.SIGKILL)
-        elif fault == "ssh stopped":
+        elif fault.startswith("ssh stopped"):
             os.kill(ssh, signal.SIGSTOP)
         else:
             for session in server.session_pids():
                 os.kill(session, signal.SIGKILL)
         wait_until(lambda: sshs_of(keeper) not in ([], [ssh]), 40, "another ssh")
-        wait_until(lambda: get(made["port"]) == pid, 20, "the same port leads there again")
-        assert run(place.config(hostname="127.0.0.1", ssh_hostname=server.alias, tunnel=True)) == made
+        wait_until(lambda: get(made["port"]) == pid, 40, "the same port leads there again")
+        assert run(config) == made
         wait_until(lambda: not alive(ssh), 5, "the old one is gone")
 
 
