@@ -363,6 +363,32 @@ def test_client_killed_in_mid_deploy(sshd, room):
             wait_until(lambda: not os.listdir(room), 1 + SLACK_S, lambda: f"left: {os.listdir(room)}")
 
 
+SIGNALLED = """\
+import os, shutil, sys
+sys.path.insert(0, {bootstrap!r})
+from zerodeploy_agent import stage0
+mkdir, rmtree = os.mkdir, shutil.rmtree
+def made(*words):
+    mkdir(*words)
+    if sys.argv[2] == "made": os.kill(os.getpid(), 15)
+def removed(*words):
+    os.kill(os.getpid(), 2)
+    rmtree(*words)
+os.mkdir, shutil.rmtree = made, removed
+stage0.say = lambda *_: os.kill(os.getpid(), 15)
+stage0.main("0" * 32, 5.0, sys.argv[1], "stdio", [])
+"""
+
+
+@pytest.mark.parametrize("moment", ["made", "greeting"])
+def test_signals_while_the_private_directory_is_made_and_removed(tmp_path, moment):
+    """The second one comes while the first one's removal runs."""
+    (tmp_path / "room").mkdir()
+    code = SIGNALLED.format(bootstrap=str(Path(__file__).parents[1] / "bootstrap"))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "room"), moment], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "") and os.listdir(tmp_path / "room") == []
+
+
 def test_both_killed_is_swept_by_the_next_deployment(deploy):
     server = deploy()
     pids = server.call(start_children)

@@ -92,6 +92,10 @@ def candidates(wanted):
     return [path for index, path in enumerate(paths) if path and path.startswith("/") and path not in paths[:index]]
 
 
+#: the private dir, from before it is made until somebody else sees to it: a signal comes at any moment
+OURS = []
+
+
 def make_private_dir(marker, wanted):
     import fcntl
 
@@ -103,22 +107,22 @@ def make_private_dir(marker, wanted):
         reason = None if made else why_not(parent)
         if reason is None:
             path = os.path.join(parent, "zerodeploy-" + marker[:16])
+            OURS.append(path)
             try:
                 if made:
                     os.environ.pop("PYTHONHOME", None)  # it is for this Python alone, whose starter sets it
                 else:
                     os.mkdir(path, 0o700)
-                try:
-                    os.chmod(path, 0o700)
-                    fd = os.open(os.path.join(path, "lease"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                    fcntl.flock(fd, fcntl.LOCK_EX)
-                    os.write(fd, lease_text(marker))
-                    return path, fd, rejected
-                except BaseException:
-                    remove(path)
-                    raise
+                os.chmod(path, 0o700)
+                fd = os.open(os.path.join(path, "lease"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                os.write(fd, lease_text(marker))
+                return path, fd, rejected
             except (OSError, IOError) as error:
                 reason = error.strerror or str(error)
+                if error.errno != 17:  # EEXIST: another one's
+                    remove(path)
+                OURS.remove(path)
         rejected.append([parent, reason])
     full = any("no space" in reason.lower() or "quota" in reason.lower() for _, reason in rejected)
     return fail(marker, 74 if full else 73, "private dir", "no_space" if full else "unusable", "no usable temp dir", rejected)
@@ -219,11 +223,16 @@ def main(marker, seconds, wanted, transport, rest):
         newer(marker, rest[1:])
     import _signal  # the C half, as in keeper.py
 
+    def stop(*_):
+        for number in (1, 2, 15):  # another one is not to interrupt the removal
+            _signal.signal(number, _signal.SIG_IGN)
+        sys.exit(1)
+
     for number in (1, 2, 15):  # until the keeper has its own: whatever is there by then is removed
-        _signal.signal(number, lambda *_: sys.exit(1))
-    private_dir, lease, rejected = make_private_dir(marker, wanted)
+        _signal.signal(number, stop)
     worker = 0
     try:
+        private_dir, lease, rejected = make_private_dir(marker, wanted)
         say(marker, "greeting", {
             "pid": os.getpid(), "python": "%d.%d.%d" % sys.version_info[:3], "executable": sys.executable or "",
             "implementation": sys.implementation.name, "private_dir": private_dir, "rejected": rejected,
@@ -275,8 +284,9 @@ def main(marker, seconds, wanted, transport, rest):
     except BaseException:
         if worker or os.getpid() == os.getppid():
             os.kill(worker, 9)
-        if os.path.isdir(private_dir) and (worker or "finder" not in locals()):
-            remove(private_dir)
+        for path in OURS:
+            if os.path.isdir(path) and (worker or "finder" not in locals()):
+                remove(path)
         raise
 
 
