@@ -38,8 +38,7 @@ def asked(action: str, **options: "Any") -> "Dict[str, Any]":
     except ServiceFault as error:
         return {"fault": str(error), "kind": "service"}
     except OSError as error:
-        text = "%s: %s" % (error.filename, error.strerror) if error.filename else str(error)
-        return {"fault": text, "kind": "system"}
+        return {"fault": services.text_of(error), "kind": "system"}
 
 
 def look(key: str, handshake: "Optional[str]" = None, base: "Optional[str]" = None) -> "Dict[str, Any]":
@@ -167,16 +166,14 @@ def _waiting(status: object) -> str:
     return "it is starting" if status == STARTING else "its status is %.50r" % (status,)
 
 
-def settled(states: States, key: str) -> Instance:
+def settle_start(states: States, key: str) -> None:
     """`settle`; and a start of which nothing runs any more has failed, which is written down."""
     service = settle(states, key)
     if service.state is not None and service.known.get("status") == STARTING and not service.alive:
         try:
             _failed(states, key, service.known)
         except (StateError, OSError):
-            return service  # a full disk
-        service = Instance(states, key)
-    return service
+            pass  # a full disk
 
 
 def _failed(states: States, key: str, seen: "Dict[str, Any]") -> "Dict[str, Any]":

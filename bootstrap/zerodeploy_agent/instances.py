@@ -117,8 +117,8 @@ class Instance:
     @property
     def launches(self) -> "Dict[str, int]":
         """What its processes carry, and who was the first, see `processtree.tree`. A pid of the state file is the service's own word."""
-        pids = ((self.known, 0), (self.record, pid_of(self.record)))
-        return {each[LAUNCH]: pid for each, pid in pids if isinstance(each.get(LAUNCH), str) and each[LAUNCH]}
+        firsts = ((self.known, 0), (self.record, pid_of(self.record)))
+        return {each[LAUNCH]: pid for each, pid in firsts if isinstance(each.get(LAUNCH), str) and each[LAUNCH]}
 
     def _carriers(self) -> "Set[int]":
         """The processes that carry its launch."""

@@ -28,6 +28,11 @@ class ServiceFault(Exception):
     """What was asked for can't be done; the text says why."""
 
 
+def text_of(error: OSError) -> str:
+    """What the system said, without its number."""
+    return "%s: %s" % (error.filename, error.strerror) if error.filename else str(error)
+
+
 def stop(key: str, base: "Optional[str]" = None, grace: float = _STOP_S) -> str:
     """End the service and all that it has started: SIGTERM, *grace* seconds, SIGKILL. Says how it went; the file stays, and says ``stale``.
 

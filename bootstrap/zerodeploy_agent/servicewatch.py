@@ -23,7 +23,7 @@ from .cgroups import CgroupError, Cgroups
 from .instances import Instance
 from .limits import CONTROLLERS, Enforced, LimitError
 from .procfs import pidfd_open, runs, start_of
-from .services import ServiceFault, end
+from .services import ServiceFault, end, text_of
 from .statefile import FAILED, STARTING, StateError, identity, port_names
 
 TYPE_CHECKING = False
@@ -49,7 +49,7 @@ def main(options: "Dict[str, Any]") -> None:
     except (StateError, ServiceFault, LimitError) as error:
         said = {"fault": str(error)}
     except OSError as error:
-        said = {"fault": "%s: %s" % (error.filename, error.strerror) if error.filename else str(error)}
+        said = {"fault": text_of(error)}
     sys.stdout.write(json.dumps(said) + "\n")
     sys.stdout.flush()
     if "fault" not in said:
@@ -155,8 +155,8 @@ class Watch:
             if self._stopping or not self._due(status):
                 self._over(status)
                 break
-            again = self._again(status)
-            while again is None:  # it could not be: for now, perhaps
+            again: "Optional[bool]" = None
+            while again is None:
                 again = self._again(status)
             if not again:
                 break

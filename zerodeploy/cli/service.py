@@ -174,7 +174,7 @@ def ps(settings: Context, /, hosts: tuple[str, ...], client: bool, no_status: bo
 
     Status 255 where a host could not be asked; the others are shown all the same.
     """
-    with _told(settings):
+    with errors_told(settings), _files():
         rows = _connections() if client else _services(settings, hosts, not no_status, options)
         if settings.json:
             for row in rows:
@@ -189,15 +189,14 @@ def ps(settings: Context, /, hosts: tuple[str, ...], client: bool, no_status: bo
 
 
 @contextlib.contextmanager
-def _told(settings: Context) -> Iterator[None]:
-    """`errors_told`, for what looks at this side's files."""
+def _files() -> Iterator[None]:
+    """What is wrong with this side's files as `ServiceError`."""
     from zerodeploy_agent.statefile import StateError
 
-    with errors_told(settings):
-        try:
-            yield
-        except StateError as error:
-            raise ServiceError(str(error)) from None
+    try:
+        yield
+    except StateError as error:
+        raise ServiceError(str(error)) from None
 
 
 def _connections() -> list[dict[str, Any]]:
@@ -318,15 +317,13 @@ def rm(settings: Context, /, words: tuple[str, ...], client: bool, server: bool,
 
 def _disconnected(key: str) -> list[str]:
     """The path of its connection file, which was removed, and of its tunnel nothing is left; none where there was none."""
-    from zerodeploy_agent.statefile import CLIENT, StateError, States
+    from zerodeploy_agent.statefile import CLIENT, States
 
     from zerodeploy.services import tunnels
 
     states = States(CLIENT)
-    try:
+    with _files():
         return [states.path(key)] if tunnels.close(key, states) or states.discard(key) else []
-    except StateError as error:
-        raise ServiceError(str(error)) from None
 
 
 @service.command(cls=HostCommand)
@@ -415,7 +412,7 @@ def tunnel_ls(settings: Context, /, connection_dir: str | None) -> None:
     """List them, with the local ports."""
     from zerodeploy.services import tunnels
 
-    with _told(settings):
+    with errors_told(settings), _files():
         rows = list(tunnels.listed(_connections_in(connection_dir)))
         if settings.json:
             for row in rows:

@@ -32,20 +32,11 @@ _SHORT_S, _LONG_S = 20.0, 120.0  # for the answer of a helper, and of one that m
 _LONG = ("rhl-launch-service", "rhl-stop", "rhl-rm", "rhl-cache-conda", "rhl-clear", "rhl-ps-persistent")
 #: how the helpers name what the agent does
 _HELPER_NAMES = {
-    "look": "rhl-inspect",
-    "launch": "rhl-launch-service",
-    "await_ready": "rhl-inspect",
-    "bound": "rhl-inspect",
-    "rows": "rhl-ps",
-    "log_piece": "rhl-logs",
-    "stop": "rhl-stop",
-    "remove": "rhl-rm",
-    "conda": "rhl-conda-info",
-    "clear": "rhl-clear",
-    "persistent": "rhl-ps-persistent",
-}
+    "look": "rhl-inspect", "launch": "rhl-launch-service", "await_ready": "rhl-inspect", "bound": "rhl-inspect", "rows": "rhl-ps", "log_piece": "rhl-logs",
+    "stop": "rhl-stop", "remove": "rhl-rm", "conda": "rhl-conda-info", "clear": "rhl-clear", "persistent": "rhl-ps-persistent",
+}  # fmt: skip
 #: of a row of ``rhl-ps``, what the state file does not have
-_OF_ROWS = ("key", "live", "json_status", "watched", "error")  # fmt: skip
+_OF_ROWS = ("key", "live", "json_status", "watched", "error")
 
 
 class Executor(ABC):

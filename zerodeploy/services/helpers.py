@@ -98,7 +98,7 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as error:
-        return _say(name, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return _say(name, services.text_of(error))
     except KeyboardInterrupt:
         return 130
 
@@ -128,7 +128,7 @@ def _inspect(given: Given) -> int:
     from zerodeploy_agent import hosting
 
     states = States(SERVER)
-    hosting.settled(states, given.key)
+    hosting.settle_start(states, given.key)
     state = states.read(given.key)
     if state is None:
         return _say("rhl-inspect", f"no state file for {given.key!r}")

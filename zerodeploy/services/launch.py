@@ -68,7 +68,7 @@ def run(config: Mapping[str, Any] | str | os.PathLike[str] | Config, connection_
     except StateError as error:
         raise ServiceError(str(error)) from error
     except OSError as error:
-        raise ServiceError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+        raise ServiceError(services.text_of(error)) from error
 
 
 def dry_run(config: Mapping[str, Any] | str | os.PathLike[str]) -> str:
